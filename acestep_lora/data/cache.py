@@ -1,0 +1,174 @@
+"""Cached songs: one safetensors file each, found by key.
+
+`<stem>-<audio key><text key>.safetensors` holds `latents.mean`, `latents.std` [T, C], `condition.<variant>` [L, D]
+without padding and, for LM hints, `hints` [T, C]. The two keys say what each half was made from, so a changed caption
+or another base model re-encodes text only: the latents are lent by any entry with the same audio key.
+`<stem>-<audio key>.safetensors`, latents alone, is what an interrupted run leaves to lend from.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from acestep_lora.data.track import Track
+from acestep_lora.errors import UserError
+from acestep_lora.hashes import digest, replacing
+
+_KEY = 16  # hex digits of each key in a file name; the header has them whole
+
+
+class CacheError(UserError):
+    """A cache entry or an upstream tensor file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached song. Tensors are read from disk when asked for, and only the bytes asked for."""
+
+    path: Path
+    header: dict[str, str]
+
+    @property
+    def duration(self) -> float:
+        """Seconds of decoded audio behind the latents."""
+        return float(self.header["duration"])
+
+    @property
+    def frames(self) -> int:
+        return int(self.header["frames"])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start to stop of a tensor [n, d]."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+
+    def names(self) -> list[str]:
+        with safe_open(self.path, framework="pt") as file:
+            return list(file.keys())
+
+    @staticmethod
+    def open(path: Path) -> "Entry | None":
+        """The entry at `path`, or None when there is none or it is not whole."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                whole = {"latents.mean", "latents.std"} <= set(file.keys())
+        except (OSError, SafetensorError):
+            return None
+        return Entry(path, header) if whole and {"audio_key", "duration", "frames"} <= header.keys() else None
+
+
+def audio_key(file_hash: str, vae_hash: str, settings: dict) -> str:
+    return digest("audio-1", file_hash, vae_hash, settings)
+
+
+def text_key(texts: list, condition_hash: str, dtype: torch.dtype, timbre_token: bool) -> str:
+    return digest("text-1", texts, condition_hash, str(dtype), timbre_token)
+
+
+def safe_stem(path: Path) -> str:
+    """A file stem that every file system accepts, at most 60 characters; the keys behind it make names unique."""
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", path.stem)[:60].strip(" .") or "track"
+
+
+class Cache:
+    """The entries of one dataset in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lenders: dict[str, list[Path]] | None = None
+
+    def path(self, track: Track, audio: str, text: str = "") -> Path:
+        return self.folder / f"{safe_stem(track.path)}-{audio[:_KEY]}{text[:_KEY]}.safetensors"
+
+    def find(self, track: Track, audio: str, text: str) -> Entry | None:
+        """The complete entry, if both keys match."""
+        entry = Entry.open(self.path(track, audio, text))
+        matches = entry and entry.header["audio_key"] == audio and entry.header.get("text_key") == text
+        return entry if matches else None
+
+    def lender(self, audio: str) -> Entry | None:
+        """Any entry that holds the latents of this audio, whatever its name and text."""
+        for path in self._index().get(audio[:_KEY], []):
+            entry = Entry.open(path)
+            if entry and entry.header["audio_key"] == audio:
+                return entry
+        return None
+
+    def _index(self) -> dict[str, list[Path]]:
+        if self._lenders is None:
+            self._lenders = {}
+            for path in sorted(self.folder.glob("*.safetensors")):
+                self._lenders.setdefault(path.stem.rpartition("-")[2][:_KEY], []).append(path)
+        return self._lenders
+
+    def write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Entry:
+        """Write an entry under a temporary name, then move it into place: a file with a final name is always whole."""
+        try:
+            with replacing(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        except OSError as error:
+            raise CacheError(
+                f"Cannot write to {self.folder} ({error.strerror}): choose dataset.cache_dir=..."
+            ) from None
+        if self._lenders is not None:
+            self._lenders.setdefault(header["audio_key"][:_KEY], []).append(path)
+        return Entry(path, header)
+
+    def prune(self, wanted: set[Path]) -> list[Path]:
+        """Remove every entry that is not wanted, and what interrupted writes left behind."""
+        orphans = [path for path in self.folder.glob("*.safetensors") if path not in wanted]
+        orphans += [*self.folder.glob(".*.tmp"), *self.folder.glob("*.f32")]
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        self._lenders = None
+        return orphans
+
+
+def header_of(track: Track, duration: float, frames: int, audio: str, text: str = "") -> dict[str, str]:
+    """The header of an entry: keys, sizes and the track under upstream's names."""
+    fields = asdict(track)
+    named = {
+        name: fields[name] for name in ("caption", "genre", "lyrics", "bpm", "keyscale", "timesignature", "language")
+    }
+    named |= {"is_instrumental": track.is_instrumental, "custom_tag": track.custom_tag, "track_id": track.id}
+    header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in named.items()}
+    header |= {"audio_path": str(track.path), "filename": track.path.name, "duration": repr(duration)}
+    header |= {"frames": str(frames), "audio_key": audio}
+    return header | ({"text_key": text} if text else {})
+
+
+def read_upstream(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a .pt file of the official trainer, its condition padding cropped by mask.
+
+    Raises CacheError for anything else, and for files of its "lokr" mode, which show the model the answer as context.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many types on foreign files; none may stop the other songs
+        raise CacheError(
+            f"{path.name} is not a tensor file of the official trainer ({type(error).__name__})."
+        ) from None
+    needed = {"target_latents", "encoder_hidden_states", "encoder_attention_mask"}
+    if not isinstance(data, dict) or needed - data.keys():
+        raise CacheError(f"{path.name} lacks {', '.join(sorted(needed))}.")
+    metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
+    if metadata.get("preprocess_mode") == "lokr":
+        raise CacheError(
+            f"{path.name} was made for LoKr with the song itself as context: preprocess it again from audio."
+        )
+    latents, mask = data["target_latents"].float(), data["encoder_attention_mask"].bool()
+    if latents.ndim != 2 or not torch.isfinite(latents).all():
+        raise CacheError(f"{path.name}: target_latents must be finite and [T, C], got {list(latents.shape)}.")
+    tensors = {
+        "latents.mean": latents,
+        "latents.std": torch.zeros_like(latents),  # upstream stored one posterior sample
+        "condition.caption": data["encoder_hidden_states"][mask],
+    }
+    return tensors, metadata

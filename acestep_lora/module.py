@@ -1,0 +1,190 @@
+"""The training step: what is learnt, and how it is measured."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from acestep_lora import adapters, basemodel, flow
+from acestep_lora.adapters import Adapter
+from acestep_lora.conditioning import hint_context, silence_context
+from acestep_lora.data.datamodule import VAL_TIMESTEPS, Batch
+from acestep_lora.dit import load_dit
+from acestep_lora.randomness import key
+
+log = logging.getLogger(__name__)
+
+
+class FlowModule(L.LightningModule):
+    """A frozen DiT with a trainable adapter, learning the velocity of the flow from noise to music.
+
+    Args:
+        base: where the base model is; its weights are read in `configure_model`, after preprocessing is done.
+        optimizer: partial that takes parameters; scheduler: partial that takes (optimizer, total_steps), or None.
+        dtype: of the frozen weights. Adapter and optimizer states are float32 whatever it is.
+        recompute: how many layers drop their activations and compute them again in the backward pass.
+    """
+
+    strict_loading = False  # checkpoints hold what is trained; the base model's weights come from the base model
+
+    def __init__(
+        self,
+        base: basemodel.BaseModel,
+        adapter: Adapter,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        dtype: torch.dtype = torch.float32,
+        recompute: int = 0,
+        seed: int = 42,
+        grad_norms_every_n_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        self.base, self.adapter, self.dtype_frozen, self.recompute = base, adapter, dtype, recompute
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.grad_norms_every_n_steps, self.seed = grad_norms_every_n_steps, seed
+        self.dit = None
+        self.base_losses: Tensor | None = None
+
+    # ------------------------------------------------------------ model
+
+    def configure_model(self) -> None:
+        if self.dit is not None:
+            return
+        null, silence = basemodel.constants(self.base)
+        self.register_buffer("null", null, persistent=False)
+        self.register_buffer("silence", silence, persistent=False)
+        self.dit = load_dit(self.base.dit, dtype=self.dtype_frozen)
+        self.dit.recompute = frozenset(range(self.recompute))
+        torch.manual_seed(key(self.seed, "adapter"))  # not after whatever preprocessing happened to draw
+        self.adapter.inject(self.dit)
+        self.dit.train()
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        trained = self.trainable()
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["base_losses"] = self.base_losses
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Refuse weights of another adapter; Lightning itself would load what fits and say nothing."""
+        wrong = sorted(checkpoint["state_dict"].keys() ^ self.trainable().keys())
+        if wrong:
+            raise adapters.AdapterError(f"The checkpoint holds another adapter: {wrong[0]} has no counterpart.")
+        self.base_losses = checkpoint["base_losses"]
+
+    def configure_optimizers(self) -> dict | Optimizer:
+        optimizer = self.make_optimizer(list(self.trainable().values()))
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, under max_epochs, max_steps or both.
+
+        Trainer.estimated_stepping_batches would start the loader before a resumed run has restored its position.
+        """
+        trainer = self.trainer
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        totals = [trainer.max_steps if trainer.max_steps != -1 else None]
+        totals += [trainer.max_epochs * per_epoch if trainer.max_epochs not in (None, -1) else None]
+        return min((total for total in totals if total is not None), default=10**9)
+
+    # ------------------------------------------------------------ steps
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The flow-matching loss of each item [b]."""
+        x_t = flow.noisy(batch.latents, batch.noise, batch.t)
+        context = silence_context(self.silence, batch.latents.shape[1]).expand(len(batch.t), -1, -1)
+        if batch.hints is not None:
+            context = torch.where(batch.hinted.view(-1, 1, 1), hint_context(batch.hints), context)
+        null = self.null.to(batch.condition.dtype)
+        condition = torch.where(batch.dropped.view(-1, 1, 1), null, batch.condition)
+        v = self.dit(x_t, batch.t, condition, context, batch.condition_mask, batch.frame_mask)
+        return flow.item_losses(v, flow.velocity(batch.latents, batch.noise), batch.frames)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.adapter.dropout:
+            torch.manual_seed(batch.key)  # dropout masks, too, are a function of the step
+        losses = self.losses(batch) * batch.weight
+        self._loss.add_(torch.stack([losses.detach().sum(), batch.weight.sum()]))
+        # Lightning divides by the accumulation count and DDP by the world size. Undone here, the gradient of an
+        # optimizer step is the mean over its items, also when the last window of an epoch is a partial one.
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        return losses.sum() * (accumulate * world / batch.window)
+
+    def on_train_start(self) -> None:
+        self._loss = torch.zeros(2, device=self.device)  # sum of item losses and of items since the last logged step
+
+    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        self.log("train/loss", self._loss[0] / self._loss[1], prog_bar=True)
+        self.log("lr", self._lr)
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self._loss.zero_()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # of this step, before the schedule moves on
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable().values(), gradient_clip_val or float("inf"))
+        self.log("train/grad_norm", norm)
+        if self.grad_norms_every_n_steps and (self.global_step + 1) % self.grad_norms_every_n_steps == 0:
+            self.log_dict(self._block_norms())
+
+    def _block_norms(self) -> dict[str, Tensor]:
+        """Gradient norm of each block, still on the device: one kernel for all parameters, no synchronisation."""
+        trained = {name: parameter.grad for name, parameter in self.trainable().items() if parameter.grad is not None}
+        blocks: dict[str, list[int]] = {}
+        for i, name in enumerate(trained):
+            blocks.setdefault(".".join(name.split(".")[1:3]), []).append(i)
+        norms = torch.stack(torch._foreach_norm(list(trained.values())))
+        return {f"grad_norm/{block}": norms[indices].norm() for block, indices in blocks.items()}
+
+    # ------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, len(VAL_TIMESTEPS), 2, device=self.device)  # [adapted or base, level, (sum, items)]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._add(0, batch, self.losses(batch))
+        if self.base_losses is None:
+            with adapters.disabled(self.dit):
+                self._add(1, batch, self.losses(batch))
+
+    def _add(self, which: int, batch: Batch, losses: Tensor) -> None:
+        self._sums[which, :, 0].index_add_(0, batch.level, losses * batch.weight)
+        self._sums[which, :, 1].index_add_(0, batch.level, batch.weight)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        if self.trainer.sanity_checking:
+            return
+        means = sums[..., 0] / sums[..., 1]
+        if self.base_losses is None:
+            self.base_losses = means[1].cpu()
+        self.log("val/loss", means[0].mean(), prog_bar=True)
+        self.log("val/base_loss", self.base_losses.mean())
+        self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, means[0], strict=True)})
+
+    # ------------------------------------------------------------ results
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return adapters.state(self.dit)
+
+    def base_weight(self, module: str) -> Tensor:
+        """The frozen weight under an adapted module, named in diffusers' terms."""
+        layer = self.dit.get_submodule(module)
+        return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight

@@ -1,0 +1,58 @@
+"""What a command shows at its end: the dataset as a table, samples, and how to use the adapter."""
+
+import logging
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from acestep_lora import generation
+from acestep_lora.basemodel import BaseModel
+from acestep_lora.data.datamodule import LatentDataModule
+from acestep_lora.data.track import Scan, table
+from acestep_lora.hardware import Hardware
+
+log = logging.getLogger(__name__)
+
+
+def print_table(data: LatentDataModule, console: Console | None = None) -> None:
+    """Every song with what is known of it, then every file that was left out and why."""
+    tracks = [song.track for song in data.songs or []] or data.scan.tracks
+    (console or Console(width=None if sys.stdout.isatty() else 160)).print(table(Scan(tracks, data.bad)))
+    for track, remarks in data.remarks.items():
+        log.info("%s: %s", track, "; ".join(remarks))
+
+
+def samples(cfg: DictConfig, folder: Path, base: BaseModel, hardware: Hardware, data: LatentDataModule) -> list[Path]:
+    """One clip with the adapter and one without, from the same seed and a held-out song's own words."""
+    track = data.val_set.songs[0].track
+    request = generation.Request(
+        prompt=track.prompt(track.caption),
+        lyrics=track.lyrics,
+        duration=min(10.0, track.duration) if cfg.model.name == "nano" else min(30.0, track.duration),
+        bpm=track.bpm,
+        keyscale=track.keyscale,
+        timesignature=track.timesignature,
+        language=track.language,
+        steps=cfg.model.steps,
+        shift=cfg.model.shift,
+        guidance_scale=cfg.model.guidance_scale,
+        seeds=[cfg.seed],
+    )
+    pipeline = generation.load_pipeline(base, hardware.dtype, hardware.device, cfg.model.timbre_token)
+    return generation.write(pipeline, request, [str(folder / "adapter")], [1.0], folder / "samples", compare=True)
+
+
+def usage(cfg: DictConfig, folder: Path) -> str:
+    """How to use the adapter of a finished run."""
+    tag = cfg.dataset.custom_tag
+    prompt = f"{tag}, ..." if tag else "..."
+    model = f" model={cfg.model.name}" if cfg.model.name != "nano" else ""
+    return (
+        f"adapter: {folder / 'adapter'}\n"
+        f'  try it:       python generate.py adapter.path={folder / "adapter"}{model} prompt="{prompt}" compare=true\n'
+        f"  official app: load the folder {folder / 'adapter'} in its LoRA panel\n"
+        f"  ComfyUI:      copy {folder / 'adapter' / cfg.name}_comfyui.safetensors to models/loras\n"
+        f'  diffusers:    pipe.load_lora_weights("{folder / "adapter"}")'
+    )

@@ -1,0 +1,208 @@
+"""A run's folder: where it is, whether it may be used, what it resumes from, how long it goes on."""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from acestep_lora import basemodel
+from acestep_lora.callbacks.checkpoints import Checkpoints, checkpoint_folders
+from acestep_lora.callbacks.ema import AdapterEMA
+from acestep_lora.callbacks.progress import progress_bar
+from acestep_lora.callbacks.throughput import Throughput
+from acestep_lora.errors import UserError
+from acestep_lora.hashes import write_atomic
+from acestep_lora.loggers import MetricsCSV
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder and the checkpoint that training continues from, if any."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    step: int | None = None
+    epoch: int | None = None
+
+
+def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given: bool) -> Run:
+    """Decide where a run writes and what it resumes.
+
+    Args:
+        folder: the output folder asked for, or a fresh one.
+        name: of the run; `resume=auto` looks for its newest run beside `folder` when no output folder was `given`.
+        resume: None, "auto", or a checkpoint (its folder or its state.ckpt).
+
+    Raises:
+        UserError: the folder is in use, or the checkpoint cannot be read.
+    """
+    if resume is None:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise UserError(f"{folder} is not empty: add resume=auto to continue it, or overwrite=true to start over.")
+        return Run(folder)
+    if resume != "auto":
+        path = Path(resume).expanduser()
+        path = path / "state.ckpt" if path.is_dir() else path
+        found = _intact(path)
+        if found is None:
+            raise UserError(f"resume={resume} is not a readable checkpoint: give a folder from a run's checkpoints/.")
+        home = path.resolve().parents[2] if path.name == "state.ckpt" else folder
+        return Run(folder if given else home, path, *found)
+    places = [folder] if given else sorted(folder.parent.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for place in places:
+        for checkpoint in reversed(checkpoint_folders(place)):
+            found = _intact(checkpoint / "state.ckpt")
+            if found:
+                log.info("resuming %s at epoch %d, step %d", checkpoint, found[1], found[0])
+                return Run(place, checkpoint / "state.ckpt", *found)
+            log.warning("%s is damaged; trying the checkpoint before it", checkpoint)
+    log.info("resume=auto: no checkpoint of %s found, starting from the beginning", folder if given else name)
+    return Run(folder)
+
+
+def _intact(path: Path) -> tuple[int, int] | None:
+    """(step, epoch) of a checkpoint that loads, else None. Tensors, numbers and strings only: no pickle is executed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["global_step"], checkpoint["epoch"]
+    except Exception:  # noqa: BLE001 - a damaged zip raises whatever its bytes happen to hit
+        return None
+
+
+@contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Everything that is logged inside the block, in `train.log` of the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("acestep_lora").setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+
+
+# ---------------------------------------------------------------- how long
+
+
+def recipe_epochs(tracks: int) -> int:
+    """Upstream's recommendation: 800 epochs for up to 20 songs, 500 from about 100, between them in between."""
+    share = min(max((tracks - 20) / 80, 0), 1)
+    return round(800 - 300 * share)
+
+
+@dataclass(frozen=True)
+class Length:
+    """Trainer arguments that depend on the size of the dataset."""
+
+    max_epochs: int
+    max_steps: int
+    check_val_every_n_epoch: int
+    save_every_n_epochs: int | None
+    log_every_n_steps: int
+
+
+def plan_length(cfg: DictConfig, tracks: int) -> Length:
+    """Fill in what the config leaves open: epochs by the recipe, about 40 validations and 10 checkpoints per run."""
+    trainer = cfg.trainer
+    held_out = max(1, round(tracks * cfg.dataset.val_fraction)) if tracks >= 5 and cfg.dataset.val_fraction else 0
+    steps_per_epoch = math.ceil((tracks - held_out) / (cfg.dataset.batch_size * trainer.accumulate_grad_batches))
+    steps = -1 if trainer.max_steps is None else trainer.max_steps
+    epochs = trainer.max_epochs
+    if epochs is None:
+        epochs = -1 if steps != -1 else cfg.model.max_epochs or recipe_epochs(tracks)
+    expected = epochs if steps == -1 else math.ceil(steps / max(1, steps_per_epoch))
+    validate = trainer.check_val_every_n_epoch or max(1, expected // 40)
+    save = cfg.save_every_n_epochs or (None if cfg.save_every_n_steps else max(1, expected // 10))
+    total = steps if steps != -1 else epochs * steps_per_epoch
+    return Length(epochs, steps, validate, save, trainer.log_every_n_steps or min(10, max(1, total // 20)))
+
+
+def finished(run: Run, length: Length) -> bool:
+    """Whether the checkpoint already is the end of a run of this length."""
+    if run.step is None:
+        return False
+    return length.max_steps == run.step or (length.max_epochs != -1 and run.epoch + 1 >= length.max_epochs)
+
+
+def callbacks(cfg: DictConfig, run: Run, metadata: dict[str, str], length: Length) -> dict[str, Callback]:
+    kept = {"progress": progress_bar(), "throughput": Throughput()}
+    if cfg.ema.decay is not None:
+        kept["ema"] = AdapterEMA(cfg.ema.decay)
+    kept["checkpoints"] = Checkpoints(
+        run.folder,
+        cfg.name,
+        metadata,
+        metric=cfg.metric,
+        save_every_n_epochs=length.save_every_n_epochs,
+        save_every_n_steps=cfg.save_every_n_steps,
+        keep_last=cfg.keep_last,
+        keep_best=cfg.keep_best,
+        comfyui_dora=cfg.comfyui_dora,
+    )
+    return kept
+
+
+def loggers(cfg: DictConfig, run: Run) -> list[Logger]:
+    """metrics.csv, and whatever `logger=` names."""
+    return [MetricsCSV(run.folder, run.step), *(instantiate(node)(save_dir=run.folder) for node in cfg.logger.values())]
+
+
+# ---------------------------------------------------------------- what it says about itself
+
+
+def adapter_metadata(cfg: DictConfig, base_hash: str, tracks: list) -> dict[str, str]:
+    """Header of every exported file: base model, trigger tag, the settings that decide the result, versions.
+
+    No path, no time, no run id: the same training gives the same bytes.
+    """
+    first = tracks[0] if tracks else None
+    tag = first.custom_tag if first else ""
+    metadata = {
+        "base_model": f"{cfg.model.repo}/{cfg.model.variant}",
+        "base_model_sha256": base_hash,
+        "trigger_tag": tag,
+        "tag_position": first.tag_position if first else None,
+        "example_prompt": first.prompt(first.caption) if first else tag,
+        "steps": cfg.model.steps,
+        "shift": cfg.model.shift,
+        "guidance_scale": cfg.model.guidance_scale,
+        "tracks": len(tracks),
+        "crop_seconds": cfg.dataset.crop_seconds,
+        "batch": cfg.dataset.batch_size * cfg.trainer.accumulate_grad_batches,
+        "lr": cfg.optimizer.lr,
+        "optimizer": cfg.optimizer._target_,
+        "scheduler": cfg.scheduler.name,
+        "timesteps": cfg.timesteps._target_,
+        "condition_dropout": cfg.dataset.condition_dropout,
+        "seed": cfg.seed,
+        "python": ".".join(map(str, sys.version_info[:2])),
+    }
+    metadata |= {f"{package}_version": version(package) for package in ("acestep-lora", "torch", "peft", "diffusers")}
+    return {key: str(value) for key, value in metadata.items() if value not in (None, "")}
+
+
+def find_base(model: DictConfig) -> basemodel.BaseModel:
+    """The base model of a `model` config; its own numbers replace the planned ones in the config."""
+    base = basemodel.find(model.path, variant=model.variant, repo=model.repo, parts_path=model.parts_path)
+    base.check()
+    model.timestep_mu, model.timestep_sigma = base.timestep_law()
+    return base

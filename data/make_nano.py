@@ -1,0 +1,227 @@
+"""Make data/models/nano: ACE-Step 1.5 complete, of the real classes, a thousand times smaller, with random weights.
+
+    python data/make_nano.py
+
+It is what `model=nano` loads, so that preprocessing, training, export and generation run on a laptop CPU without a
+download. The proportions are the real ones (25 Hz latents, patch 2, grouped-query attention, alternating windowed and
+full layers); sample rate and latent width are not (16 kHz, 16 channels), because a VAE of
+48 kHz and 64 channels is too slow for that. Weights are untrained: it makes noise, not music.
+"""
+
+import copy
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+    AceStepPipeline,
+    AceStepTransformer1DModel,
+    AutoencoderOobleck,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.pipelines.ace_step.pipeline_ace_step import SFT_GEN_PROMPT, TASK_INSTRUCTIONS
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+NANO = Path(__file__).parent / "models" / "nano"
+SEED = 0
+DTYPE = torch.bfloat16
+LATENTS = 16
+HIDDEN = 64
+WINDOW = 16  # patches, 1.28 s: the real 128 would never bite on short songs
+SILENCE_FRAMES = 15000  # 600 s, the length diffusers' buffer has
+
+# Every projection of the DiT is at least 64 wide on both sides: LoKR with factor 8 needs factor^2 <= width.
+ATTENTION = {"hidden_size": HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": WINDOW}
+ENCODER = {**ATTENTION, "head_dim": 16, "intermediate_size": 128}
+END = "<|endoftext|>"
+
+# Words that should be one or two tokens, so that a caption fits the 256 tokens the text encoder reads.
+WORDS = """
+piano guitar bass drums strings violin cello flute sax trumpet organ synth pad lead choir vocal vocals voice male
+female acoustic electric electronic ambient classical jazz blues rock metal punk pop folk country soul funk disco house
+techno trance lofi hiphop hop trap reggae latin orchestral cinematic chiptune waltz ballad march lullaby minimal melody
+melodic harmony chord chords groove beat rhythm arpeggio riff solo warm bright dark soft loud gentle calm happy sad
+dreamy upbeat energetic mellow slow fast steady smooth heavy light deep short long song track music instrumental with
+and the over in of a for on to from you me my love night day heart time way down never always again verse chorus bridge
+intro outro
+""".split()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE (any text is representable) that, like the real one, ends every text with one more END."""
+    scales = [f"{note}{sign} {mode}" for note in "ABCDEFG" for sign in ("", "#", "b") for mode in ("major", "minor")]
+    metas = [f"- bpm: N/A\n- timesignature: 4\n- keyscale: {scale}\n- duration: 30 seconds\n" for scale in scales]
+    prompts = [SFT_GEN_PROMPT.format(task, "", meta) for task in TASK_INSTRUCTIONS.values() for meta in metas]
+    lyrics = [f"# Languages\nunknown\n\n# Lyric\n[Instrumental]{END}", "[Verse 1]\n[Chorus]\n[Bridge]\n"]
+    words = [form for word in WORDS for form in (word, f" {word}")]
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(prompts + lyrics + words, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A $B {END}", special_tokens=[(END, bpe.token_to_id(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=END, padding_side="right", model_max_length=32768
+    )
+
+
+def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen3Model:
+    """Kept in float32: transformers 5 loads the stored dtype, diffusers float32, and a pipeline of both cannot run."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=32768,
+        initializer_range=HIDDEN**-0.5,  # the usual 0.02 would leave lyrics (embeddings only) below the encoder's bias
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3Model(config)
+
+
+def pink_noise(samples: int) -> torch.Tensor:
+    """Music's average spectrum at its usual level (RMS 0.1), [1, 2, samples]."""
+    spectrum = torch.fft.rfft(torch.randn(1, 2, samples))
+    noise = torch.fft.irfft(spectrum / torch.arange(spectrum.shape[-1]).clamp(min=1).sqrt(), samples)
+    return 0.1 * noise / noise.std()
+
+
+def _unit(std: torch.Tensor) -> float:
+    """The power of two that brings `std` nearest 1: a factor that rounding errors of another machine do not change."""
+    return 2.0 ** -round(math.log2(std.item()))
+
+
+@torch.no_grad()
+def make_vae() -> AutoencoderOobleck:
+    """An untrained VAE whose latents behave like a trained one's: mean about 0, std about 1, narrow posterior."""
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=2 * LATENTS,
+        downsampling_ratios=[4, 4, 4, 10],  # hop 640; an odd ratio would make decoded audio shorter than its latents
+        channel_multiples=[1, 1, 2, 4],
+        decoder_channels=16,
+        decoder_input_channels=LATENTS,
+        audio_channels=2,
+        sampling_rate=16000,
+    )
+    # PyTorch's initialisation loses 1/sqrt(3) per convolution and lets biases drown the signal.
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv1.weight_g") and "res_unit" not in name:
+            parameter *= math.sqrt(3)
+        elif name.endswith("bias"):
+            parameter *= 0.1
+    vae.encoder.conv1.weight_g *= 6  # audio at RMS 0.1 would only see Snake's linear part
+    last = vae.encoder.conv2
+    noise = pink_noise(10 * vae.config.sampling_rate)
+    offset = vae.encode(noise).latent_dist.mean.mean(dim=(0, 2))
+    last.bias[:LATENTS] -= (16 * offset).round() / 16
+    last.weight_g[LATENTS:] *= 0.1
+    last.bias[LATENTS:] = -4.0  # softplus: a posterior std of about 0.02
+    latents = vae.encode(noise).latent_dist.mean
+    vae.decoder.conv2.weight_g *= 0.1 * _unit(vae.decode(latents).sample.std())
+    return vae.to(DTYPE)
+
+
+@torch.no_grad()
+def encode_silence(vae: AutoencoderOobleck) -> torch.Tensor:
+    """Posterior mean of digital silence, [1, SILENCE_FRAMES, LATENTS].
+
+    Away from its ends the encoding of a constant is constant: four seconds are encoded, the middle frame is repeated.
+    """
+    vae = copy.deepcopy(vae).float()  # what every user of the stored weights computes on a CPU
+    audio = torch.zeros(1, vae.config.audio_channels, 4 * vae.config.sampling_rate)
+    latents = vae.encode(audio).latent_dist.mean.transpose(1, 2)
+    head = latents[:, : latents.shape[1] // 2]
+    return torch.cat([head, head[:, -1:].expand(-1, SILENCE_FRAMES - head.shape[1], -1)], dim=1)
+
+
+def make_condition_encoder(silence: torch.Tensor) -> AceStepConditionEncoder:
+    encoder = AceStepConditionEncoder(
+        **ENCODER,
+        text_hidden_dim=HIDDEN,
+        timbre_hidden_dim=LATENTS,
+        num_lyric_encoder_hidden_layers=2,
+        num_timbre_encoder_hidden_layers=2,
+    )
+    encoder.silence_latent.copy_(silence)
+    return encoder.to(DTYPE)
+
+
+@torch.no_grad()
+def make_transformer() -> AceStepTransformer1DModel:
+    """The DiT, its output scaled so that an untrained velocity has a std of about 1."""
+    dit = AceStepTransformer1DModel(
+        **ATTENTION,
+        head_dim=32,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        in_channels=3 * LATENTS,
+        audio_acoustic_hidden_dim=LATENTS,
+        is_turbo=True,
+        model_version="turbo",
+    )
+    frames = 250
+    t = torch.full((1,), 0.5)
+    velocity = dit(
+        torch.randn(1, frames, LATENTS), t, t, torch.randn(1, 100, HIDDEN), torch.randn(1, frames, 2 * LATENTS)
+    ).sample
+    scale = _unit(velocity.std())
+    dit.proj_out_conv.weight *= scale
+    dit.proj_out_conv.bias *= scale
+    return dit.to(DTYPE)
+
+
+def make_pipeline() -> AceStepPipeline:
+    """All parts, drawn from SEED in a fixed order; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        vae = make_vae()
+        tokenizer = make_tokenizer()
+        pooling = {**ENCODER, "audio_acoustic_hidden_dim": LATENTS}
+        return AceStepPipeline(
+            vae=vae,
+            tokenizer=tokenizer,
+            text_encoder=make_text_encoder(tokenizer),
+            condition_encoder=make_condition_encoder(encode_silence(vae)),
+            transformer=make_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+            audio_tokenizer=AceStepAudioTokenizer(**pooling, fsq_dim=HIDDEN).to(DTYPE),
+            audio_token_detokenizer=AceStepAudioTokenDetokenizer(**pooling).to(DTYPE),
+        )
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """transformers 5 writes a class name that transformers 4 does not know; both know the old one."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8", newline="\n")
+
+
+def save(pipeline: AceStepPipeline, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        pipeline.save_pretrained(temporary)
+        for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+            _name_tokenizer_class(Path(temporary, name))
+        for source in [path for path in Path(temporary).rglob("*") if path.is_file()]:
+            target = folder / source.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+
+
+if __name__ == "__main__":
+    save(make_pipeline(), NANO)

@@ -1,0 +1,39 @@
+"""Songs -> cached latents and conditions: python preprocess.py dataset.dir=/music/mine model=turbo"""
+
+from omegaconf import DictConfig
+
+from acestep_lora import cli
+
+
+def preprocess(cfg: DictConfig):
+    """Scan, encode what the cache lacks, list every song -> LatentDataModule."""
+    from hydra.utils import instantiate
+
+    from acestep_lora import reports, runs
+    from acestep_lora.data.track import write_dataset_json
+
+    hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
+    data = instantiate(cfg.dataset, _partial_=True)(
+        base=base,
+        conditioning=instantiate(cfg.conditioning),
+        seed=cfg.seed,
+        dtype=hardware.dtype,
+        timbre_token=cfg.model.timbre_token,
+    )
+    missing = data.encode(**hardware.trainer_options())
+    print(f"{len(data.songs)} songs in {data.cache.folder}, {missing} of them made now")
+    if cfg.prune:
+        removed = data.cache.prune({song.entry.path for song in data.songs})
+        print(f"{len(removed)} unused entries removed")
+    if cfg.output:
+        write_dataset_json([song.track for song in data.songs], cfg.output)
+    reports.print_table(data)
+    return data
+
+
+def main(cfg: DictConfig) -> int:
+    return cli.LEFT_OUT if preprocess(cfg).bad else 0
+
+
+if __name__ == "__main__":
+    cli.main("preprocess", main)

@@ -1,0 +1,82 @@
+"""Cached latents -> adapter: python train.py dataset.dir=/music/mine model=turbo adapter=lora trainer.max_epochs=800"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from acestep_lora import cli
+
+
+@dataclass
+class Result:
+    """What a run left: the value of `metric`, how many songs were left out, where the adapter is and how to use it."""
+
+    metric: float | None
+    left_out: int
+    message: str
+
+
+def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
+    """Preprocess what is missing, train, validate, export; `given` says whether the user chose the folder."""
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from acestep_lora import reports, runs
+    from acestep_lora.hashes import FileHashes
+
+    run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
+    with runs.log_to(run.folder):
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
+        shared = {"base": base, "seed": cfg.seed, "dtype": hardware.dtype, "timbre_token": cfg.model.timbre_token}
+        wired = {"conditioning": instantiate(cfg.conditioning), "timesteps": instantiate(cfg.timesteps)}
+        make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
+        data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches)
+        length = runs.plan_length(cfg, len(data.scan.tracks))
+        if runs.finished(run, length):
+            return Result(
+                None, 0, f"{run.folder} is finished; a larger trainer.max_epochs or trainer.max_steps extends it."
+            )
+        runs.save_config(cfg, run.folder)
+        hashes = FileHashes()
+        metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
+        hashes.save()
+        module = instantiate(cfg.module, _partial_=True)(base, dtype=hardware.dtype, recompute=hardware.recompute)
+        kept = runs.callbacks(cfg, run, metadata, length)
+        options = hardware.trainer_options() | {"precision": hardware.resolved_precision()}
+        trainer = instantiate(
+            cfg.trainer,
+            **options,
+            max_epochs=length.max_epochs,
+            max_steps=length.max_steps,
+            check_val_every_n_epoch=length.check_val_every_n_epoch,
+            log_every_n_steps=length.log_every_n_steps,
+            callbacks=list(kept.values()),
+            logger=runs.loggers(cfg, run),
+            default_root_dir=str(run.folder),
+        )
+        trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
+        if trainer.is_global_zero:
+            reports.print_table(data)
+        metric = trainer.callback_metrics.get(cfg.metric)
+        module.dit = None
+        del module, trainer
+        gc.collect()
+        if cfg.sample:
+            reports.samples(cfg, run.folder, base, hardware, data)
+        message = f"{kept['checkpoints'].verdict()}\n{reports.usage(cfg, run.folder)}"
+        return Result(None if metric is None else float(metric), len(data.bad), message)
+
+
+def main(cfg: DictConfig) -> float | int | None:
+    result = train(cfg, *cli.output_dir(cfg))
+    print(result.message)
+    if cli.is_sweep():
+        return result.metric
+    return cli.LEFT_OUT if result.left_out else 0
+
+
+if __name__ == "__main__":
+    cli.main("train", main)
