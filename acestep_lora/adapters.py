@@ -164,7 +164,7 @@ def parse_layers(layers: str | int | None, depth: int) -> list[int]:
 
 
 def check_factor(config: PeftConfig, dit: nn.Module) -> None:
-    """LoKR factors above the root of a dimension are ordered differently by PEFT and by LyCORIS, so they cannot travel."""
+    """PEFT and LyCORIS order LoKR factors above the root of a dimension differently: such an adapter cannot travel."""
     factor = getattr(config, "decompose_factor", -1)
     sides = [side for name in config.target_modules for side in dit.get_submodule(name).weight.shape]
     if factor**2 > min(sides):

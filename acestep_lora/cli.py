@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -50,6 +51,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def sentence(error: BaseException) -> str:
+    """What to tell the user: the UserError behind whatever Hydra wrapped around it, else the error's first line."""
+    cause = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return str(cause) if cause else " ".join(str(error).split("\n")[:2])
+
+
 def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
@@ -70,8 +79,8 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
             return run(cfg)
         try:
             codes.append(run(cfg))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (UserError, InstantiationException) as error:
+            print(f"error: {sentence(error)}", file=sys.stderr)
             codes.append(1)
 
     entry()

@@ -43,23 +43,24 @@ class Conditioning:
             raise ValueError(f"conditioning.lm_hints is a probability, got {self.lm_hints}.")
 
     def prompt(self, track, caption: str, instruction: str, duration: float) -> str:
-        """The text prompt of a track under `caption`; unknown metas read N/A. duration: seconds of what was encoded."""
+        """The text prompt of a track under `caption` and its trigger tag; unknown metas read N/A.
+
+        duration: seconds of what was encoded.
+        """
         metas = _METAS.format(
             bpm=track.bpm or "N/A",
             timesignature=track.timesignature or "N/A",
             keyscale=track.keyscale or "N/A",
             duration=int(duration),
         )
-        return _PROMPT.format(instruction=instruction, caption=caption, metas=metas)
+        return _PROMPT.format(instruction=instruction, caption=track.prompt(caption), metas=metas)
 
     def lyrics(self, track) -> str:
         return _LYRICS.format(language=track.language, lyrics=track.lyrics) if self.lyric_header else track.lyrics
 
     def variants(self, track) -> dict[str, tuple[str, str]]:
-        """What a track can be trained on: variant -> (caption with trigger tag, instruction)."""
-        captions = {"caption": track.prompt(track.caption)}
-        if track.genre:
-            captions["genre"] = track.prompt(track.genre)
+        """What a track can be trained on: variant -> (caption or genre, instruction)."""
+        captions = {"caption": track.caption} | ({"genre": track.genre} if track.genre else {})
         variants = {name: (caption, TEXT2MUSIC) for name, caption in captions.items()}
         if self.lm_hints:
             variants |= {f"{name}_hint": (caption, COVER) for name, caption in captions.items()}

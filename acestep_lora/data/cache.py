@@ -73,8 +73,9 @@ def text_key(texts: list, condition_hash: str, dtype: torch.dtype, timbre_token:
 
 
 def safe_stem(path: Path) -> str:
-    """A file stem that every file system accepts, at most 60 characters; the keys behind it make names unique."""
-    return re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", path.stem)[:60].strip(" .") or "track"
+    """A file stem that every file system accepts, at most 120 bytes; the keys behind it make names unique."""
+    legal = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", path.stem)
+    return legal.encode()[:120].decode(errors="ignore").strip(" .") or "track"
 
 
 class Cache:
@@ -113,10 +114,8 @@ class Cache:
         try:
             with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
-        except OSError as error:
-            raise CacheError(
-                f"Cannot write to {self.folder} ({error.strerror}): choose dataset.cache_dir=..."
-            ) from None
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"Cannot write to {self.folder} ({error}): choose dataset.cache_dir=...") from None
         if self._lenders is not None:
             self._lenders.setdefault(header["audio_key"][:_KEY], []).append(path)
         return Entry(path, header)
@@ -124,7 +123,7 @@ class Cache:
     def prune(self, wanted: set[Path]) -> list[Path]:
         """Remove every entry that is not wanted, and what interrupted writes left behind."""
         orphans = [path for path in self.folder.glob("*.safetensors") if path not in wanted]
-        orphans += [*self.folder.glob(".*.tmp"), *self.folder.glob("*.f32")]
+        orphans += [path for pattern in (".*.tmp", ".tmp*", "*.f32") for path in self.folder.glob(pattern)]
         for path in orphans:
             path.unlink(missing_ok=True)
         self._lenders = None
@@ -155,20 +154,23 @@ def read_upstream(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise CacheError(
             f"{path.name} is not a tensor file of the official trainer ({type(error).__name__})."
         ) from None
-    needed = {"target_latents", "encoder_hidden_states", "encoder_attention_mask"}
-    if not isinstance(data, dict) or needed - data.keys():
-        raise CacheError(f"{path.name} lacks {', '.join(sorted(needed))}.")
+    needed = ("target_latents", "encoder_hidden_states", "encoder_attention_mask")
+    missing = [name for name in needed if not isinstance(data, dict) or not isinstance(data.get(name), Tensor)]
+    if missing:
+        raise CacheError(f"{path.name} is not a tensor file of the official trainer: it lacks {', '.join(missing)}.")
     metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
     if metadata.get("preprocess_mode") == "lokr":
         raise CacheError(
             f"{path.name} was made for LoKr with the song itself as context: preprocess it again from audio."
         )
-    latents, mask = data["target_latents"].float(), data["encoder_attention_mask"].bool()
+    latents, states, mask = data[needed[0]].float(), data[needed[1]], data[needed[2]].bool()
     if latents.ndim != 2 or not torch.isfinite(latents).all():
         raise CacheError(f"{path.name}: target_latents must be finite and [T, C], got {list(latents.shape)}.")
+    if states.ndim != 2 or mask.shape != states.shape[:1]:
+        raise CacheError(f"{path.name}: mask {list(mask.shape)} does not fit condition states {list(states.shape)}.")
     tensors = {
         "latents.mean": latents,
         "latents.std": torch.zeros_like(latents),  # upstream stored one posterior sample
-        "condition.caption": data["encoder_hidden_states"][mask],
+        "condition.caption": states[mask],
     }
     return tensors, metadata

@@ -113,6 +113,7 @@ class Encoder:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             songs = SpoolDataset(self, audio)
             stage("VAE", lambda: VAEPass.load(self, audio), lambda vae: self._predict(vae, songs, num_workers, trainer))
+            self._share(jobs)
         text = [job for job in jobs if job.entry is not None and not job.ready and not job.problem]
         if text:
             names = "text and condition encoders"
