@@ -18,36 +18,53 @@ def read_lyrics(text: str) -> str:
         return text
     from acestep_lora.data.sidecars import read_text, strip_lrc
 
-    path = Path(text[1:]).expanduser()
-    if not path.is_file():
-        raise UserError(f"lyrics={text} names no file.")
-    return strip_lrc(read_text(path)[0])
+    try:
+        return strip_lrc(read_text(Path(text[1:]).expanduser())[0])
+    except (OSError, ValueError) as error:
+        raise UserError(f"lyrics={text} is not a file that can be read: {error}.") from None
+
+
+def read_metas(cfg: DictConfig) -> dict:
+    """bpm, keyscale, timesignature and language in the form the model was trained on: Dm is `D minor`, 4/4 is `4`."""
+    from acestep_lora.data import fields
+
+    metas = {}
+    for name, unsaid in {"bpm": None, "keyscale": "", "timesignature": "", "language": "unknown"}.items():
+        try:
+            metas[name] = getattr(fields, name)(cfg[name]) or unsaid
+        except ValueError as error:
+            raise UserError(f"{name}: {error}.") from None
+    return metas
 
 
 def generate(cfg: DictConfig) -> list[Path]:
     """Write the clips, each with a spectrogram -> the files."""
-    from hydra.utils import instantiate
-
-    from acestep_lora import generation, runs
-
     paths = [str(path) for path in as_list(cfg.adapter.path)]
     scales = [float(scale) for scale in as_list(cfg.adapter.scale)]
     if len(scales) == 1:
         scales *= len(paths)
     if len(scales) != len(paths):
         raise UserError(f"adapter.scale={scales} must be one number, or one for each of {len(paths)} adapters.")
+    for path in paths:
+        if not Path(path).expanduser().exists():
+            raise UserError(f"adapter.path={path} does not exist: give an adapter's folder or .safetensors file.")
+    if cfg.format not in ("wav", "flac"):
+        raise UserError(f"format={cfg.format} must be wav or flac.")
+    lyrics, metas = read_lyrics(cfg.lyrics), read_metas(cfg)
+
+    from hydra.utils import instantiate
+
+    from acestep_lora import generation, runs
+
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
     for tag in generation.trigger_tags(paths):
         if tag not in cfg.prompt:
             print(f"note: the prompt lacks the adapter's trigger tag '{tag}'")
     request = generation.Request(
         prompt=cfg.prompt,
-        lyrics=read_lyrics(cfg.lyrics),
+        lyrics=lyrics,
         duration=cfg.duration,
-        bpm=cfg.bpm,
-        keyscale=cfg.keyscale,
-        timesignature=str(cfg.timesignature),
-        language=cfg.language,
+        **metas,
         instrumental=cfg.instrumental,
         negative_prompt=cfg.negative_prompt,
         steps=cfg.steps,
@@ -55,8 +72,9 @@ def generate(cfg: DictConfig) -> list[Path]:
         guidance_scale=cfg.guidance_scale,
         seeds=list(range(cfg.seed, cfg.seed + cfg.n)),
     )
+    folder = Path(cfg.output_dir).expanduser()
     pipeline = generation.load_pipeline(base, hardware.dtype, hardware.device, cfg.model.timbre_token)
-    return generation.write(pipeline, request, paths, scales, Path(cfg.output_dir), cfg.format, compare=cfg.compare)
+    return generation.write(pipeline, request, paths, scales, folder, cfg.format, cfg.compare)
 
 
 def main(cfg: DictConfig) -> int:

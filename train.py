@@ -23,7 +23,8 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import reports, runs
+    from acestep_lora import loggers, reports, runs
+    from acestep_lora.data.track import write_dataset_json
     from acestep_lora.hashes import FileHashes
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
@@ -60,6 +61,8 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
         if trainer.is_global_zero:
             reports.print_table(data)
+            write_dataset_json([song.track for song in data.songs], run.folder / "dataset.json", name=cfg.name)
+            loggers.upload(trainer.loggers, run.folder, cfg.name)
         metric = trainer.callback_metrics.get(cfg.metric)
         module.dit = None
         del module, trainer

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from acestep_lora.errors import UserError
@@ -69,6 +69,21 @@ def _encoder_config(config: dict) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files of a folder, all there and whole as far as their headers tell."""
+    files = _listed_files(folder) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError(f"{folder} holds no .safetensors weights.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise BaseModelError(f"{file} is damaged ({error}): download it again.") from None
+    return files
+
+
+def _listed_files(folder: Path) -> list[Path]:
+    """The shards that an index names."""
     for index in folder.glob("*.safetensors.index.json"):
         files = sorted({folder / Path(name).name for name in _json(index)["weight_map"].values()})
         missing = [file.name for file in files if not file.is_file()]
@@ -77,10 +92,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder} is incomplete: {', '.join(missing)} is named in {index.name} but not there."
             )
         return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BaseModelError(f"{folder} holds no .safetensors weights.")
-    return files
+    return []
 
 
 def _tensors(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
@@ -197,7 +209,7 @@ class BaseModel:
         return hashes.files(_weight_files(self.dit))
 
 
-def _download(repo: str, files: list[str]) -> Path:
+def _download(repo: str, files: list[str], lacking: str = "") -> Path:
     """Folder of a hub repository, from the local hub cache or the network; data files only, never code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -206,7 +218,8 @@ def _download(repo: str, files: list[str]) -> Path:
         return Path(snapshot_download(repo, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         raise BaseModelError(
-            f"{repo} could not be fetched; run `hf download {repo} --local-dir models/{repo.split('/')[-1]}` "
+            f"{lacking}{repo} is not a folder here and could not be fetched; run "
+            f"`hf download {repo} --local-dir models/{repo.split('/')[-1]}` "
             f"and give that folder as model.path (or model.parts_path)."
         ) from None
 
@@ -233,11 +246,17 @@ def pick_variant(folder: Path, variant: str) -> Path:
 
 
 def _part(name: str, places: list[Path], folders: tuple[str, ...]) -> Path:
-    for place in places:
-        for folder in folders:
-            if (place / folder / "config.json").is_file() or (place / folder / "tokenizer.json").is_file():
-                return place / folder
-    return _download(RELEASE, [f"{folder}/*" for folder in folders]) / folders[0]
+    """The folder of a part in the first place that has it; when none has, in the released repository."""
+
+    def found(places: list[Path]) -> Path | None:
+        candidates = (place / folder for place in places for folder in folders)
+        return next((c for c in candidates if any((c / f).is_file() for f in ("config.json", "tokenizer.json"))), None)
+
+    lacking = f"{places[-1]} has no {name} ({' or '.join(folders)}/); "
+    part = found(places) or found([_download(RELEASE, [f"{folder}/*" for folder in folders], lacking)])
+    if part is None:
+        raise BaseModelError(f"{lacking}{RELEASE} has none either: give its folder as model.parts_path.")
+    return part
 
 
 def find(path: str | None, *, variant: str, repo: str, parts_path: str | None = None) -> BaseModel:

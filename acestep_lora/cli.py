@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+import math
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from acestep_lora.errors import UserError
 from acestep_lora.overrides import quote_overrides
@@ -27,11 +31,15 @@ _TOP_LEVEL = {
     "train": "dataset model conditioning timesteps adapter optimizer scheduler trainer hardware logger experiment name "
     "output_dir seed resume overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best sample "
     "comfyui_dora ema module",
-    "preprocess": "dataset model conditioning hardware experiment seed prune output",
+    "preprocess": "dataset model conditioning hardware seed prune output",
     "generate": "model hardware adapter prompt lyrics duration bpm keyscale timesignature language instrumental "
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
     "export": "model adapter format output name approximate tolerance max_rank comfyui_dora",
 }
+
+
+_TOLD = (UserError, HydraException, OmegaConfBaseException)
+"""Errors that are the user's to mend; every other one is a bug and shows where it happened."""
 
 
 def register() -> None:
@@ -39,7 +47,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
     store = ConfigStore.instance()
     for command, keys in _TOP_LEVEL.items():
-        fields = [(key, Any, dataclasses.field(default=MISSING)) for key in keys.split()]
+        fields = [(key, Any, dataclasses.field(default=None)) for key in keys.split()]
         store.store(f"{command}_schema", dataclasses.make_dataclass(f"{command}_schema", fields))
 
 
@@ -52,11 +60,26 @@ def quiet() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user: the UserError behind whatever Hydra wrapped around it, else the error's first line."""
-    cause = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return str(cause) if cause else " ".join(str(error).split("\n")[:2])
+    """What to tell the user about one of `_TOLD`: what is wrong, and what there is instead."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+            names = sorted(str(name) for name in cause.parent_node if not str(name).startswith(("_", "hydra")))
+            place = cause.full_key.rpartition(".")[0] or "the configuration"
+            return f"there is no {cause.full_key}; {place} has {', '.join(names)}."
+        if isinstance(cause, MissingConfigException) and cause.options:
+            group, _, option = cause.missing_cfg_file.rpartition("/")
+            return f"{group}={option} is not one of {', '.join(cause.options)}."
+        if isinstance(cause, OverrideParseException):
+            return f"{cause.override} cannot be understood ({str(cause).splitlines()[0]})."
+        if isinstance(cause, ValueError):  # UserError is one, and so are the complaints of dataclasses
+            return str(cause).partition("\n")[0]
+    text = " ".join(str(error).split("\n")[:2])
+    if re.search(r"No match in the defaults list|not in '\w+_schema'", text):
+        text += f" It is none of {', '.join(sorted(path.name for path in CONF.iterdir() if path.is_dir()))}."
+    return text
 
 
 def is_sweep() -> bool:
@@ -70,26 +93,40 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
     """
     register()
     sys.argv[1:] = quote_overrides(sys.argv[1:])
+    trace, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR") == "1", "1"  # Hydra raises, we tell
     codes = []
+
+    def tell(error: Exception) -> None:
+        if trace:
+            raise error
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        codes.append(1)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
     def entry(cfg: DictConfig) -> Any:
         quiet()
-        if is_sweep():
-            return run(cfg)
         try:
-            codes.append(run(cfg))
-        except (UserError, InstantiationException) as error:
-            print(f"error: {sentence(error)}", file=sys.stderr)
-            codes.append(1)
+            value = run(cfg)
+        except _TOLD as error:
+            tell(error)
+            return math.nan  # a sweep goes on with its next job
+        if not is_sweep():
+            codes.append(value)
+        return value
 
-    entry()
+    try:
+        entry()
+    except _TOLD as error:
+        tell(error)
     raise SystemExit(max(codes, default=0))
 
 
 def output_dir(cfg: DictConfig) -> tuple[Path, bool]:
     """Where this run writes, and whether the user chose it. A sweep's jobs write to its numbered folders."""
-    if is_sweep():
-        return Path(HydraConfig.get().runtime.output_dir), True
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return Path(cfg.output_dir).expanduser(), any(text.startswith("output_dir=") for text in overrides)
+    given = any(text.startswith("output_dir=") for text in overrides)
+    if not is_sweep():
+        return Path(cfg.output_dir).expanduser(), given
+    if given:
+        raise UserError("output_dir is one run's; the jobs of a sweep are numbered in hydra.sweep.dir=FOLDER.")
+    return Path(HydraConfig.get().runtime.output_dir), True

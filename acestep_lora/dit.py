@@ -2,9 +2,11 @@
 
 Adds to diffusers' AceStepTransformer1DModel what training needs and upstream lacks: masks, so that a padded batch
 equals each item alone (upstream attends to padding); a time embedding that keeps float32 timesteps under a bf16 model
-(t * 1000 rounds to steps of 4 in bf16); a per-layer recompute plan. Without masks it computes upstream's numbers.
+(t * 1000 rounds to steps of 4 in bf16); attention inside the window on the sliding layers; a per-layer recompute plan.
+Without masks it computes upstream's numbers.
 """
 
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from acestep_lora import basemodel
-from acestep_lora.attention import full_mask, sliding_mask
+from acestep_lora.attention import WindowedProcessor, key_mask
 
 
 class AceStepDiT(AceStepTransformer1DModel):
@@ -22,6 +24,13 @@ class AceStepDiT(AceStepTransformer1DModel):
 
     recompute: frozenset[int] = frozenset()
     """Layers whose activations are dropped in the forward pass and computed again in the backward pass."""
+
+    @wraps(AceStepTransformer1DModel.__init__)
+    def __init__(self, *args, **config) -> None:
+        super().__init__(*args, **config)
+        for kind, layer in zip(self.layer_types, self.layers, strict=True):
+            if kind == "sliding_attention":
+                layer.self_attn.set_processor(WindowedProcessor())
 
     def forward(
         self,
@@ -48,13 +57,9 @@ class AceStepDiT(AceStepTransformer1DModel):
         hidden, patches = self._patchify(x_t, context, frame_mask)
         temb, modulation = self._time(t)
         condition = self.condition_embedder(condition.to(self.condition_embedder.weight.dtype))
-        length, device = hidden.shape[1], hidden.device
-        rotary = _ace_step_rotary_freqs(length, self.head_dim, self.rope_theta, device, hidden.dtype)
-        masks = {
-            "full_attention": full_mask(patches),
-            "sliding_attention": sliding_mask(length, self.config.sliding_window, patches, device),
-        }
-        cross_mask = full_mask(condition_mask)
+        rotary = _ace_step_rotary_freqs(hidden.shape[1], self.head_dim, self.rope_theta, hidden.device, hidden.dtype)
+        masks = {"full_attention": key_mask(patches), "sliding_attention": patches}
+        cross_mask = key_mask(condition_mask)
         for i, layer in enumerate(self.layers):
             arguments = (hidden, rotary, modulation, masks[self.layer_types[i]], condition, cross_mask)
             if i in self.recompute and torch.is_grad_enabled():

@@ -7,43 +7,23 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
 import safetensors.torch
+import torch
 from omegaconf import DictConfig
-from peft import PeftConfig
 from torch import Tensor, nn
 
-from acestep_lora import basemodel
-from acestep_lora.adapter_files import (
-    DIFFUSERS_FILE,
-    LOKR_FILE,
-    PEFT_FILE,
-    apply_adapter,
-    load_adapter,
-    read,
-    read_metadata,
-)
+from acestep_lora import basemodel, factors
+from acestep_lora.adapter_files import DIFFUSERS_FILE, LOKR_FILE, PEFT_FILE, check_fit, read
 from acestep_lora.adapters import AdapterError
 from acestep_lora.dit import load_dit
-from acestep_lora.factors import (
-    BaseNeeded,
-    BaseWeight,
-    Inexpressible,
-    Weights,
-    parse,
-    peft_settings,
-    peft_state,
-    svd_lora,
-)
-from acestep_lora.formats import comfyui_state, lokr_weights, lycoris_state
+from acestep_lora.factors import BaseWeight, Inexpressible, Weights, peft_settings, peft_state
 from acestep_lora.hashes import write_atomic
-from acestep_lora.naming import ATTENTION, MLP, to_upstream
-
-__all__ = ["apply_adapter", "convert", "load_adapter", "read_metadata", "save_adapter"]
+from acestep_lora.naming import to_upstream
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +37,18 @@ class Options:
     Args:
         name: of the ComfyUI file.
         base: the base model's weights; DoRA and OFT need them outside PEFT.
-        comfyui_dora: a DoRA for ComfyUI as a plain "lora", which every version reads alike, or as a DoRA for a version
-            that divides by the norm of the base weight ("base_norm") or of the merged weight ("merged_norm").
+        comfyui_dora: "lora" writes a DoRA for ComfyUI as the nearest LoRA, which every version reads alike; "base_norm"
+            and "merged_norm" as a DoRA, for a version that divides by that norm (ComfyUI's PR 15458 changes it).
         approximate: "svd" writes the nearest LoRA where a format cannot express the adapter; None refuses.
-        tolerance, max_rank: of such a LoRA, see factors.svd_lora.
-        num_layers: of the decoder; lets adapter_config.json name targets by suffix.
+        tolerance, max_rank: of such a LoRA, see factors.nearest_lora.
     """
 
     name: str
-    base: BaseWeight | None = None
+    base: BaseWeight
     comfyui_dora: str = "lora"
     approximate: str | None = None
     tolerance: float = 1e-6
     max_rank: int | None = None
-    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.comfyui_dora not in ("lora", "base_norm", "merged_norm"):
@@ -81,6 +59,11 @@ class Options:
     def file(self, suffix: str) -> str:
         safe = re.sub(r"[^\w.-]+", "_", self.name)[:60].strip("._")
         return f"{safe or 'adapter'}_{suffix}.safetensors"
+
+    def nearest_lora(self, weights: Weights) -> Weights:
+        lora = factors.nearest_lora(weights, self.base, self.tolerance, self.max_rank)
+        log.info("as a LoRA: rank %s, relative error %s", lora.metadata["svd_rank"], lora.metadata["svd_error"])
+        return lora
 
 
 # ---------------------------------------------------------------- one format
@@ -95,18 +78,8 @@ def _safetensors(state: dict[str, Tensor], header: dict[str, str]) -> bytes:
     return len(ordered).to_bytes(8, "little") + ordered + data[8 + size :]
 
 
-def _targets(modules: list[str], num_layers: int | None) -> list[str]:
-    """Suffixes (`q_proj`) when in a decoder of `num_layers` they mean exactly `modules`, else the modules."""
-    suffixes = {module.rpartition(".")[2] for module in modules}
-    blocks = (("self_attn", ATTENTION), ("cross_attn", ATTENTION), ("mlp", MLP))
-    names = [f"{block}.{name}" for block, names in blocks for name in names if name in suffixes]
-    meant = {f"layers.{i}.{name}" for i in range(num_layers or 0) for name in names}
-    return sorted(suffixes) if meant == set(modules) else modules
-
-
 def _peft(weights: Weights, options: Options) -> Files:
     config = peft_settings(weights, to_upstream)
-    config["target_modules"] = _targets(config["target_modules"], options.num_layers)
     config |= {"peft_type": weights.kind, "task_type": None, "inference_mode": True, "peft_version": peft.__version__}
     config["base_model_name_or_path"] = weights.metadata.get("base_model")
     state = peft_state(weights, "base_model.model.", to_upstream)
@@ -125,156 +98,131 @@ def _diffusers(weights: Weights, options: Options) -> Files:
     return {DIFFUSERS_FILE: _safetensors(peft_state(weights, "transformer."), header)}
 
 
+def _flat_state(weights: Weights, dotted: bool = False) -> dict[str, Tensor]:
+    """LyCORIS's factors with alpha = rank and dora_scale [out, 1], under its flat module names or ComfyUI's dotted."""
+    if weights.kind not in factors.FOLDED:
+        raise Inexpressible(f"LyCORIS and ComfyUI have no form that means the same as PEFT's {weights.kind}.")
+    names, state = {name: synonym for synonym, name in factors.SYNONYMS.items()}, {}
+    for module, parts in weights.modules.items():
+        key = to_upstream(module)
+        key = f"diffusion_model.decoder.{key}" if dotted else f"lycoris_{key.replace('.', '_')}"
+        for part, tensor in parts.items():
+            tensor = tensor[:, None] if part == factors.MAGNITUDE else tensor
+            state[f"{key}.{names.get(part, part)}"] = tensor.contiguous()
+        state[f"{key}.alpha"] = torch.tensor(float(factors.rank(parts)))
+    return state
+
+
 def _lycoris(weights: Weights, options: Options) -> Files:
+    """A LoKr with the lokr_config that the official app rebuilds it from: one rank for all, `.alpha` is not read."""
     header = weights.metadata | {"format": "lycoris", "algo": weights.kind.lower()}
     if weights.kind != "LOKR":
-        return {options.file("lycoris"): _safetensors(lycoris_state(weights), header)}
-    state, config = lokr_weights(weights)
+        return {options.file("lycoris"): _safetensors(_flat_state(weights), header)}
+    if any(first > second for first, second in factors.lokr_sides(weights)):
+        raise Inexpressible("LyCORIS puts the smaller Kronecker factor first: train with a smaller adapter.factor.")
+    modules = weights.modules
+    rank = max(map(factors.rank, modules.values()))
+    mixed = any(factors.rank(parts) < rank for parts in modules.values() if "lokr_w2_a" in parts)
+    if mixed:
+        modules = {m: {w: factors.product(parts, w) for w in ("lokr_w1", "lokr_w2")} for m, parts in modules.items()}
+    flags = "decompose_both use_tucker use_scalar weight_decompose bypass_mode rs_lora unbalanced_factorization".split()
+    config = dict.fromkeys(flags, False) | {"linear_dim": rank, "linear_alpha": rank, "full_matrix": mixed}
+    config["factor"] = factors.lokr_factor(weights)
+    config["target_modules"] = sorted({to_upstream(module).rpartition(".")[2] for module in modules})
+    state = _flat_state(replace(weights, modules=modules))
     return {LOKR_FILE: _safetensors(state, header | {"lokr_config": json.dumps(config)})}
 
 
 def _comfyui(weights: Weights, options: Options) -> Files:
-    header = weights.metadata
-    if weights.kind == "LORA" and weights.decomposed:
-        if options.comfyui_dora == "lora":
-            weights = _nearest_lora(weights, options)
-            header = weights.metadata
-        else:
-            header = header | {"comfyui_dora": options.comfyui_dora}
-    return {options.file("comfyui"): _safetensors(comfyui_state(weights, options.comfyui_dora, options.base), header)}
+    header = {}
+    if weights.decomposed and options.comfyui_dora == "lora":
+        weights = options.nearest_lora(weights)
+    elif weights.decomposed:
+        header = {"comfyui_dora": options.comfyui_dora}
+        if options.comfyui_dora == "base_norm":
+            weights = factors.for_base_norm(weights, options.base)
+    state = _flat_state(weights, dotted=weights.kind == "LORA")
+    return {options.file("comfyui"): _safetensors(state, weights.metadata | header)}
 
 
 FORMATS: dict[str, Callable[[Weights, Options], Files]] = {
     "peft": _peft,
+    "lycoris": _lycoris,
     "diffusers": _diffusers,
     "comfyui": _comfyui,
-    "lycoris": _lycoris,
 }
 
 
-def _nearest_lora(weights: Weights, options: Options) -> Weights:
-    lora = svd_lora(weights, options.base, options.tolerance, options.max_rank)
-    kind, measured = "DoRA" if weights.kind == "LORA" else weights.kind, lora.metadata
-    log.info("%s as a LoRA: rank %s, relative error %s", kind, measured["svd_rank"], measured["svd_error"])
-    return lora
-
-
 def convert(weights: Weights, format: str, options: Options) -> Files:
-    """The files of one format, by name.
-
-    Raises:
-        Inexpressible: the format has no exact form for this adapter, and no approximation was asked for.
-    """
+    """The files of one format, by name; Inexpressible where it has no exact form and no approximation is allowed."""
     if format not in FORMATS:
         raise AdapterError(f"format must be one of {', '.join(FORMATS)}, got {format}.")
     try:
         return FORMATS[format](weights, options)
-    except BaseNeeded:
-        raise
     except Inexpressible as reason:
         if options.approximate is None:
             raise Inexpressible(f"{reason} approximate=svd writes the nearest LoRA instead.") from None
-        return FORMATS[format](_nearest_lora(weights, options), options)
+        return FORMATS[format](options.nearest_lora(weights), options)
 
 
 # ---------------------------------------------------------------- a folder for everyone
 
-
-def save_adapter(
-    folder: str | Path,
-    state: Mapping[str, Tensor],
-    config: PeftConfig,
-    *,
-    metadata: Mapping[str, object],
-    formats: Collection[str] | None = None,
-    **options,
-) -> list[Path]:
-    """Write an adapter for every consumer that can express it, and a README on how to load it in each.
-
-    Args:
-        state: PEFT's state dict in diffusers' module names.
-        config: the PEFT config it was trained with.
-        metadata: goes into the header of every file; base_model, trigger_tag, example_prompt, steps, shift and
-            guidance_scale into the README too.
-        formats: which of FORMATS to write; None for all.
-        options: fields of Options, of which `name` is required.
-
-    Returns:
-        The files, each written atomically. A format that cannot express the adapter is left out with a warning.
-    """
-    chosen = Options(**options)
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    weights = parse(state, config.to_dict(), metadata)
-    files: Files = {}
-    for format in FORMATS:
-        if format == "lycoris" and weights.kind != "LOKR":
-            continue  # the official app reads every other kind as PEFT
-        if formats is not None and format not in formats:
-            continue
-        try:
-            files |= convert(weights, format, chosen)
-        except Inexpressible as reason:
-            log.warning("no %s file: %s", format, reason)
-    files["README.md"] = _readme(weights, chosen.name, files).encode()
-    return _write(Path(folder), files)
-
-
-def _write(folder: Path, files: Files) -> list[Path]:
-    for name, data in files.items():
-        write_atomic(folder / name, data)
-    return [folder / name for name in files]
-
-
 _USE = {
-    PEFT_FILE: "official app and PEFT: load this folder",
-    LOKR_FILE: "official app: load this folder, a LoKr is read from this file",
-    DIFFUSERS_FILE: "diffusers: `pipeline.load_lora_weights(folder)`; a LoKr by "
+    "peft": "official app and PEFT: load this folder",
+    "lycoris": "official app: load this folder",
+    "diffusers": "`pipeline.load_lora_weights(folder)`, or for a LoKr "
     f'`pipeline.transformer.load_lora_adapter(folder, weight_name="{DIFFUSERS_FILE}")`',
-    "_comfyui.safetensors": "ComfyUI: put it into `models/loras` and choose it in a LoRA loader",
+    "comfyui": "put it into ComfyUI's `models/loras` and choose it in a LoRA loader",
 }
 _SAID = ("base_model", "trigger_tag", "example_prompt", "steps", "shift", "guidance_scale")
 
 
-def _readme(weights: Weights, name: str, files: Files) -> str:
-    lines = ["---", "library_name: peft", "tags: [ace-step, music, lora]", "---", "", f"# {name}", ""]
-    lines += [f"{weights.kind} adapter for ACE-Step 1.5.", ""]
-    lines += [f"- {key.replace('_', ' ')}: {weights.metadata[key]}" for key in _SAID if weights.metadata.get(key)]
-    lines += ["", "| file | use |", "|---|---|"]
-    lines += [f"| {file} | {use} |" for end, use in _USE.items() for file in files if file.endswith(end)]
-    return "\n".join([*lines, ""])
+def save_adapter(folder: Path, weights: Weights, options: Options, formats: Collection[str] = tuple(FORMATS)) -> None:
+    """Write an adapter for every consumer that can express it, and a README on how to load it in each.
+
+    Each file is written atomically. A format that cannot express the adapter is left out with a warning.
+    """
+    files: Files = {}
+    readme = ["---", "library_name: peft", "tags: [ace-step, music, lora]", "---", "", f"# {options.name}", ""]
+    readme += [f"{weights.kind} adapter for ACE-Step 1.5.", ""]
+    readme += [f"- {key.replace('_', ' ')}: {weights.metadata[key]}" for key in _SAID if weights.metadata.get(key)]
+    for format in formats:
+        if format == "lycoris" and weights.kind != "LOKR":
+            continue  # the official app reads every other kind as PEFT
+        try:
+            made = convert(weights, format, options)
+        except AdapterError as reason:
+            log.warning("no %s file: %s", format, reason)
+            continue
+        files |= made
+        readme += ["", f"{', '.join(made)}: {_USE[format]}"]
+    write(folder, files | {"README.md": "\n".join([*readme, ""]).encode()})
 
 
-# ---------------------------------------------------------------- command
-
-
-def _base(model: DictConfig) -> BaseWeight | None:
-    """Reads the transformer only when a weight is asked for."""
-    if not model.path:
-        return None
-
-    @functools.cache
-    def dit() -> nn.Module:
-        return load_dit(basemodel.pick_variant(Path(model.path).expanduser(), model.variant))
-
-    return lambda module: dit().get_submodule(module).weight
+def write(folder: Path, files: Files) -> None:
+    for name, data in files.items():
+        write_atomic(folder / name, data)
 
 
 def main(cfg: DictConfig) -> int:
     """Convert one adapter to one format."""
-    options = Options(
-        name=cfg.name or Path(cfg.adapter.path).stem,
-        base=_base(cfg.model),
-        comfyui_dora=cfg.comfyui_dora,
-        approximate=cfg.approximate,
-        tolerance=cfg.tolerance,
-        max_rank=cfg.max_rank,
-    )
-    files = convert(read(cfg.adapter.path), cfg.format, options)
-    folder = Path(cfg.output).expanduser()
+    weights, folder = read(cfg.adapter.path), Path(cfg.output).expanduser()
+
+    @functools.cache
+    def dit() -> nn.Module:  # read only when a weight is asked for
+        if not cfg.model.path:
+            raise AdapterError("The weights of the base model are needed for it: give model.path.")
+        dit = load_dit(basemodel.pick_variant(Path(cfg.model.path).expanduser(), cfg.model.variant))
+        check_fit(weights, dit, cfg.adapter.path)
+        return dit
+
+    name = cfg.name or Path(cfg.adapter.path).stem
+    chosen = {key: cfg[key] for key in ("comfyui_dora", "approximate", "tolerance", "max_rank")}
+    files = convert(weights, cfg.format, Options(name, lambda module: dit().get_submodule(module).weight, **chosen))
     if (folder / LOKR_FILE).exists() and LOKR_FILE not in files:
         raise AdapterError(f"{folder} holds {LOKR_FILE}, which the official app would load first: change output.")
-    for file in _write(folder, files):
-        print(file)
+    write(folder, files)
+    print(*(folder / file for file in files), sep="\n")
     return 0
 
 

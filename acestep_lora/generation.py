@@ -1,6 +1,8 @@
 """Prompt -> audio, through diffusers' AceStepPipeline whatever layout the base model has."""
 
-import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel, FlowMatchEuler
 from torch import Tensor
 
 from acestep_lora import basemodel
-from acestep_lora.adapter_files import apply_adapter, read_metadata
-
-log = logging.getLogger(__name__)
+from acestep_lora.adapter_files import apply_adapter, read
+from acestep_lora.data.fields import INSTRUMENTAL
+from acestep_lora.errors import UserError
+from acestep_lora.hashes import replacing
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Request:
     shift: float = 3.0
     guidance_scale: float = 1.0
     seeds: list[int] = field(default_factory=lambda: [1])
+
+    def __post_init__(self) -> None:
+        if self.duration <= 0 or self.steps < 1:
+            raise UserError(f"duration={self.duration} and steps={self.steps} must both be above 0.")
 
 
 def load_pipeline(base: basemodel.BaseModel, dtype: torch.dtype, device: str, timbre_token: bool | None = None):
@@ -56,36 +63,86 @@ def add_adapters(pipeline, paths: list[str], scales: list[float]) -> None:
         apply_adapter(pipeline.transformer, path, name=name, scale=scale)
 
 
+@torch.no_grad()
+def negative_condition(pipeline, request: Request) -> Tensor:
+    """States [1, l, d] of the negative prompt as an instrumental of the same duration, without metas."""
+    texts = pipeline.encode_prompt(
+        request.negative_prompt, INSTRUMENTAL, pipeline.device, "unknown", audio_duration=request.duration
+    )
+    names = ("text_hidden_states", "text_attention_mask", "lyric_hidden_states", "lyric_attention_mask")
+    silence = pipeline.condition_encoder.silence_latent[:, : math.ceil(30 * pipeline.latents_per_second)]
+    states, _ = pipeline.condition_encoder(
+        **dict(zip(names, texts, strict=True)),
+        refer_audio_acoustic_hidden_states_packed=silence.to(pipeline.transformer.dtype),
+        refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=pipeline.device),
+    )
+    return states
+
+
+@contextmanager
+def negative(pipeline, request: Request) -> Iterator[None]:
+    """Inside the block, guidance leads away from the negative prompt instead of the model's null condition.
+
+    Only the caption is negative, so lyrics and metas are strengthened as against the null condition. The pipeline runs
+    both conditions as one batch, which needs equal lengths, and the transformer has no mask for padding; so the batch
+    is taken apart and each half runs with its own condition. Raises UserError where there is no guidance.
+    """
+    if not request.negative_prompt:
+        yield
+        return
+    if pipeline.is_turbo or request.guidance_scale <= 1:
+        reason = "turbo models run without guidance" if pipeline.is_turbo else "guidance_scale=1 is no guidance"
+        raise UserError(f"negative_prompt={request.negative_prompt!r} has no effect, as {reason}: leave it out.")
+    transformer, unwanted = pipeline.transformer, negative_condition(pipeline, request)
+    plain = transformer.forward
+
+    def apart(*, encoder_hidden_states: Tensor, **inputs) -> tuple[Tensor]:
+        halves = []
+        for i, states in enumerate((encoder_hidden_states[:1], unwanted)):
+            own = {name: value[i : i + 1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            halves += plain(encoder_hidden_states=states, **own)
+        return (torch.cat(halves),)
+
+    transformer.forward = apart
+    try:
+        yield
+    finally:
+        del transformer.forward
+
+
 def generate(pipeline, request: Request) -> list[Tensor]:
     """Audio [2, samples] in [-1, 1] at the pipeline's rate, one per seed; noise is drawn on the CPU."""
     pipeline.set_progress_bar_config(desc="generating", leave=False)
     clips = []
-    for seed in request.seeds:
-        clips += pipeline(
-            prompt=request.prompt,
-            lyrics="[Instrumental]" if request.instrumental or not request.lyrics else request.lyrics,
-            audio_duration=request.duration,
-            vocal_language="unknown" if request.instrumental else request.language,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            shift=request.shift,
-            bpm=request.bpm,
-            keyscale=request.keyscale or None,
-            timesignature=request.timesignature or None,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        ).audios
+    with negative(pipeline, request):
+        for seed in request.seeds:
+            clips += pipeline(
+                prompt=request.prompt,
+                lyrics=INSTRUMENTAL if request.instrumental or not request.lyrics else request.lyrics,
+                audio_duration=request.duration,
+                vocal_language="unknown" if request.instrumental else request.language,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                shift=request.shift,
+                bpm=request.bpm,
+                keyscale=request.keyscale or None,
+                timesignature=request.timesignature or None,
+                generator=torch.Generator("cpu").manual_seed(seed),
+            ).audios
     return [clip.float().cpu() for clip in clips]
 
 
 def trigger_tags(paths: list[str]) -> list[str]:
     """Trigger tags that the adapters' metadata name."""
-    tags = [read_metadata(path).get("trigger_tag", "") for path in paths]
+    tags = [read(path).metadata.get("trigger_tag", "") for path in paths]
     return [tag for tag in tags if tag]
 
 
 def write_audio(path: Path, audio: Tensor, rate: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.clip(audio.T.numpy(), -1, 1), rate, subtype="PCM_16")
+    """A .wav or .flac file of 16 bits from audio [2, samples] in [-1, 1]."""
+    with replacing(path) as temporary:
+        samples = np.clip(audio.T.numpy(), -1, 1)
+        soundfile.write(temporary, samples, rate, subtype="PCM_16", format=path.suffix.removeprefix("."))
     return path
 
 
@@ -98,13 +155,13 @@ def write_spectrograms(path: Path, clips: dict[str, Tensor], rate: int) -> Path:
     for axes, (title, audio) in zip(figure.subplots(1, len(clips), squeeze=False)[0], clips.items(), strict=True):
         mel = librosa.feature.melspectrogram(y=audio.mean(0).numpy(), sr=rate, n_mels=96, n_fft=1024, hop_length=256)
         seconds = audio.shape[-1] / rate
-        decibels = librosa.power_to_db(mel, ref=1.0)
+        decibels = librosa.power_to_db(mel, ref=1.0, top_db=None)
         axes.imshow(
             decibels, origin="lower", aspect="auto", extent=(0, seconds, 0, 96), vmin=-60, vmax=30, cmap="magma"
         )
         axes.set(title=title, xlabel="seconds", ylabel="mel band")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
     return path
 
 

@@ -5,6 +5,7 @@ import io
 import logging
 import netrc
 import os
+import re
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -85,7 +86,32 @@ def wandb_logger(project: str, name: str, save_dir: Path, group: str | None = No
             "W&B: no credentials, logging offline (`wandb login` before a run or `wandb sync` after it uploads it)"
         )
     os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbLogger(project=project, name=name, save_dir=str(save_dir), offline=offline, group=group)
+    options = {"project": project, "name": name, "save_dir": str(save_dir), "group": group}
+    if not offline:
+        import wandb
+
+        try:
+            logger = WandbLogger(**options, settings=wandb.Settings(init_timeout=30))
+            logger.experiment  # noqa: B018 - connects now, while there is still a choice
+            return logger
+        except wandb.Error as error:
+            log.warning("W&B cannot be reached (%s), logging offline", str(error).split("\n")[0])
+            wandb.teardown()
+    return WandbLogger(**options, offline=True)
+
+
+def upload(loggers: list[Logger], folder: Path, name: str) -> None:
+    """Config, dataset and adapter of a finished run as a W&B artifact; an offline run keeps it for `wandb sync`."""
+    import wandb
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and os.environ.get("WANDB_MODE") != "disabled":
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", name), type="adapter")
+            for file in ("config.yaml", "dataset.json"):
+                artifact.add_file(str(folder / file))
+            if (folder / "adapter").is_dir():
+                artifact.add_dir(str(folder / "adapter"), name="adapter")
+            logger.experiment.log_artifact(artifact)
 
 
 def _credentials() -> bool:

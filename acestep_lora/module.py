@@ -126,10 +126,12 @@ class FlowModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._loss = torch.zeros(2, device=self.device)  # sum of item losses and of items since the last logged step
+        self._logged_step = self.global_step
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.fit_loop._should_accumulate():
-            return
+        if self.global_step == self._logged_step:
+            return  # inside an accumulation window
+        self._logged_step = self.global_step
         self.log("train/loss", self._loss[0] / self._loss[1], prog_bar=True)
         self.log("lr", self._lr)
         if self.global_step % self.trainer.log_every_n_steps == 0:
@@ -160,7 +162,7 @@ class FlowModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._add(0, batch, self.losses(batch))
-        if self.base_losses is None:
+        if self.base_losses is None and self.adapter.config is not None:
             with adapters.disabled(self.dit):
                 self._add(1, batch, self.losses(batch))
 
@@ -173,10 +175,10 @@ class FlowModule(L.LightningModule):
         if self.trainer.sanity_checking:
             return
         means = sums[..., 0] / sums[..., 1]
-        if self.base_losses is None:
-            self.base_losses = means[1].cpu()
         self.log("val/loss", means[0].mean(), prog_bar=True)
-        self.log("val/base_loss", self.base_losses.mean())
+        if self.adapter.config is not None:
+            self.base_losses = means[1].cpu() if self.base_losses is None else self.base_losses
+            self.log("val/base_loss", self.base_losses.mean())
         self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, means[0], strict=True)})
 
     # ------------------------------------------------------------ results

@@ -1,6 +1,7 @@
 """What a command shows at its end: the dataset as a table, samples, and how to use the adapter."""
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from acestep_lora import generation
+from acestep_lora.adapter_files import DIFFUSERS_FILE, LOKR_FILE
 from acestep_lora.basemodel import BaseModel
 from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.data.track import Scan, table
@@ -26,6 +28,8 @@ def print_table(data: LatentDataModule, console: Console | None = None) -> None:
 
 def samples(cfg: DictConfig, folder: Path, base: BaseModel, hardware: Hardware, data: LatentDataModule) -> list[Path]:
     """One clip with the adapter and one without, from the same seed and a held-out song's own words."""
+    if not (folder / "adapter").is_dir():
+        return []  # adapter=none
     track = data.val_set.songs[0].track
     request = generation.Request(
         prompt=track.prompt(track.caption),
@@ -45,14 +49,17 @@ def samples(cfg: DictConfig, folder: Path, base: BaseModel, hardware: Hardware, 
 
 
 def usage(cfg: DictConfig, folder: Path) -> str:
-    """How to use the adapter of a finished run."""
-    tag = cfg.dataset.custom_tag
-    prompt = f"{tag}, ..." if tag else "..."
-    model = f" model={cfg.model.name}" if cfg.model.name != "nano" else ""
-    return (
-        f"adapter: {folder / 'adapter'}\n"
-        f'  try it:       python generate.py adapter.path={folder / "adapter"}{model} prompt="{prompt}" compare=true\n'
-        f"  official app: load the folder {folder / 'adapter'} in its LoRA panel\n"
-        f"  ComfyUI:      copy {folder / 'adapter' / cfg.name}_comfyui.safetensors to models/loras\n"
-        f'  diffusers:    pipe.load_lora_weights("{folder / "adapter"}")'
-    )
+    """How to use the adapter of a finished run; the command is quoted for a POSIX shell where it needs to be."""
+    adapter, tag = folder / "adapter", cfg.dataset.custom_tag
+    if not adapter.is_dir():
+        return f"no adapter was trained; the weights are in {folder / 'checkpoints'}"
+    command = ["python", "generate.py", f"adapter.path={adapter}", f"prompt={tag}, ..." if tag else "prompt=..."]
+    if cfg.model.name != "nano":
+        command += [f"model={cfg.model.name}"] + [f"model.path={cfg.model.path}"] * bool(cfg.model.path)
+    lines = [f"adapter: {adapter}", f"  try it:       {shlex.join([*command, 'compare=true'])}"]
+    lines += [f"  official app: load the folder {adapter} in its LoRA panel"]
+    lines += [f"  ComfyUI:      copy {file} to models/loras" for file in adapter.glob("*_comfyui.safetensors")]
+    if (adapter / DIFFUSERS_FILE).is_file():
+        load = "transformer.load_lora_adapter" if (adapter / LOKR_FILE).is_file() else "load_lora_weights"
+        lines += [f'  diffusers:    pipe.{load}("{adapter}", weight_name="{DIFFUSERS_FILE}")']
+    return "\n".join(lines)

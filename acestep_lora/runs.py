@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,10 @@ def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given
         UserError: the folder is in use, or the checkpoint cannot be read.
     """
     if resume is None:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise UserError(f"{folder} is not empty: add resume=auto to continue it, or overwrite=true to start over.")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not overwrite:
+                raise UserError(f"{folder} is not empty: resume=auto continues it, overwrite=true starts over.")
+            clear(folder)
         return Run(folder)
     if resume != "auto":
         path = Path(resume).expanduser()
@@ -70,6 +73,14 @@ def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given
             log.warning("%s is damaged; trying the checkpoint before it", checkpoint)
     log.info("resume=auto: no checkpoint of %s found, starting from the beginning", folder if given else name)
     return Run(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in a folder, and nothing else that may lie there."""
+    for name in ("checkpoints", "adapter", "adapter_best", "samples"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.csv", "train.log", "config.yaml", "dataset.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _intact(path: Path) -> tuple[int, int] | None:

@@ -87,12 +87,11 @@ def test_the_sidecars_of_bad_audio(tmp_path):
     found = scan(tmp_path)
     tracks = {track.path.stem[0]: track for track in found.tracks}
     assert len(tracks) == 11
-    assert "a.json: is not valid JSON, line 1" in tracks["a"].problems[0]
+    assert tracks["a"].problems[0].startswith("a.json: ") and "line 1" in tracks["a"].problems[0]
     assert "b.json: holds [1, 2]" in tracks["b"].problems[0]
     c = tracks["c"]
     assert (c.caption, c.bpm, c.keyscale, c.timesignature, c.language) == ("ok", 128, "A minor", "4", "en")
     assert c.original == {"bpm": "128 BPM", "keyscale": "a min", "timesignature": "4/4", "language": "EN"}
-    assert c.sources["bpm"] == "c.json"
     rejected = " ".join(tracks["d"].problems)
     assert "bpm -3" in rejected and "keyscale 'H dur'" in rejected and "timesignature 99" in rejected
     assert (tracks["d"].bpm, tracks["d"].keyscale, tracks["d"].timesignature) == (None, "", "")
@@ -105,13 +104,13 @@ def test_the_sidecars_of_bad_audio(tmp_path):
     assert (tracks["k"].bpm, tracks["k"].keyscale) == (120, "A minor") and tracks["k"].original["bpm"] == "120,5"
     reasons = {path.name: reason for path, reason in found.problems}
     assert reasons.keys() == {"orphan.lyrics.txt", "key_bpm.csv"}
-    assert "'missing.mp3' (line 3)" in reasons["key_bpm.csv"]
+    assert "'missing.mp3'" in reasons["key_bpm.csv"]
 
 
 def test_all_fields_of_a_json(tmp_path):
     record = {
         "caption": "c",
-        "genre": ["rock", "pop"],
+        "genre": "rock, pop",
         "bpm": 90,
         "key": "Dm",
         "timesignature": 3,
@@ -127,7 +126,7 @@ def test_all_fields_of_a_json(tmp_path):
     assert (track.genre, track.keyscale, track.timesignature, track.language) == ("rock, pop", "D minor", "3", "ja")
     assert (track.custom_tag, track.prompt_override, track.repeat, track.lyrics) == ("zzz", "genre", 4, "la")
     assert track.prompt("c") == "c, zzz"
-    assert not track.problems and not track.disagreements
+    assert not track.problems
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_side_step_text_is_read_and_not_taken_for_lyrics(tmp_path):
     write(tmp_path / "song.lyrics.txt", "other words")
     track = one(tmp_path)
     assert (track.bpm, track.caption, track.lyrics, track.genre) == (90, "cold pads", "other words", "ambient")
-    assert "bpm: song.json (90) wins over song.txt (128)" in track.disagreements
+    assert "bpm: song.json (90) wins over song.txt (128)" in track.problems
 
 
 def test_text_that_only_looks_like_side_step(tmp_path):
@@ -182,13 +181,12 @@ def test_upstreams_order(tmp_path):
     write(tmp_path / "b.csv", "File,BPM,Key\nsong.wav,,Am\n")
     track = one(tmp_path)
     assert (track.caption, track.bpm, track.keyscale, track.timesignature) == ("from a", 110, "A minor", "3")
-    assert track.sources == {"caption": "a.csv", "bpm": "a.csv", "keyscale": "b.csv", "timesignature": "song.json"}
     write(tmp_path / "b.csv", "File,BPM\nsong.wav,120\n")
     assert one(tmp_path).bpm == 120  # the last table wins
-    assert "bpm: b.csv (120) wins over song.json (100), a.csv (110)" in one(tmp_path).disagreements
+    assert "bpm: b.csv (120) wins over song.json (100), a.csv (110)" in one(tmp_path).problems
     write(tmp_path / "song.json", {"bpm": "120 bpm", "caption": " from  a"})
     (tmp_path / "song.caption.txt").unlink()
-    assert one(tmp_path).disagreements == ("bpm: b.csv (120) wins over a.csv (110)",)
+    assert one(tmp_path).problems == ("bpm: b.csv (120) wins over a.csv (110)",)
 
 
 def test_order_of_lyrics(tmp_path):
@@ -207,7 +205,7 @@ def test_reviewed_beats_every_source(tmp_path, reviewed):
     track = one(tmp_path)
     assert (track.bpm, track.caption) == (90, "reviewed caption")
     assert track.keyscale == ("A minor" if reviewed is True else "C minor")
-    assert "bpm: song.json (90) wins over x.csv (180)" in track.disagreements
+    assert "bpm: song.json (90) wins over x.csv (180)" in track.problems
 
 
 def test_a_reviewed_blank_stays_blank_and_a_reviewed_mistake_does_not_win(tmp_path):
@@ -242,6 +240,13 @@ def test_a_misshapen_json_costs_no_song(tmp_path, record):
     assert len(track.problems) == (0 if record == {"provenance": []} else 1)
 
 
+def test_the_table_names_the_winner(tmp_path):
+    write(tmp_path / "song.json", {"bpm": 90})
+    write(tmp_path / "x.csv", "File,BPM\nsong.wav,180\n")
+    one(tmp_path)
+    assert "bpm: x.csv (180) wins over song.json (90)" in shown(scan(tmp_path))
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -254,7 +259,8 @@ def test_csv_in_every_dress(tmp_path, delimiter, encoding):
     ]
     path = write(tmp_path / "x.csv", "\r\n".join(delimiter.join(row) for row in rows).encode(encoding))
     found, problems = read_csv(path)
-    assert found == {"東京の夜.wav": (2, {"bpm": "120,5", "keyscale": "8A", "caption": "カ, ;x"})}
+    claims = {claim.field: claim.value for claim in found.pop("東京の夜.wav")}
+    assert claims == {"bpm": "120,5", "keyscale": "8A", "caption": "カ, ;x"} and not found
     assert bool(problems) == (encoding == "cp932")
 
 
@@ -262,24 +268,24 @@ def test_csv_rows_find_their_songs(tmp_path):
     song(tmp_path / "one" / "Song.WAV")
     song(tmp_path / "two" / "song.wav")
     song(tmp_path / "two" / unicodedata.normalize("NFD", "naïve.wav"))
-    write(
-        tmp_path / "x.csv", f"File,BPM\nsong.wav,100\none\\song.wav,111\n{unicodedata.normalize('NFC', 'Naïve')}.wav,77"
-    )
-    write(tmp_path / "two" / "y.csv", "File,BPM\nsong.wav,122\none/Song.WAV,1\n")
+    write(tmp_path / "x.csv", f"File,BPM\nsong.wav,100\n{unicodedata.normalize('NFC', 'Naïve')}.wav,77")
+    song(tmp_path / "one" / "far.wav")
+    write(tmp_path / "two" / "y.csv", "File,BPM\nsong.wav,122\nfar.wav,1\n")
     found = scan(tmp_path)
     assert {track.id: track.bpm for track in found.tracks} == {
-        "one/Song.WAV": 111,
+        "one/Song.WAV": 100,
+        "one/far.wav": None,
         "two/song.wav": 122,
         "two/naïve.wav": 77,
     }
     ((path, reason),) = found.problems
-    assert path.name == "y.csv" and "one/song.wav" in reason  # a table does not reach out of its folder
+    assert path.name == "y.csv" and "far.wav" in reason  # a table does not reach out of its folder
 
 
 def test_many_rows_without_a_song_are_one_remark(tmp_path):
     write(tmp_path / "x.csv", "File,BPM\n" + "\n".join(f"{n}.mp3,100" for n in range(9)))
     ((_, reason),) = scan(tmp_path).problems
-    assert reason == "rows without a song here (9): '0.mp3' (line 2), '1.mp3' (line 3), '2.mp3' (line 4), ..."
+    assert reason == "rows without a song here (9): '0.mp3', '1.mp3', '2.mp3'"
 
 
 def test_csv_that_is_none(tmp_path):
@@ -289,7 +295,8 @@ def test_csv_that_is_none(tmp_path):
     found = scan(tmp_path)
     assert found.tracks[0].bpm == 101
     reasons = [f"{path.name}: {reason}" for path, reason in found.problems]
-    assert [reason[:13] for reason in reasons] == ["x.csv: has no", "y.csv: line 2", "y.csv: line 4"]
+    assert len(reasons) == 3 and "x.csv: not read to its end: there is no File column" in reasons
+    assert "y.csv: line 2: more cells" in reasons[1] and "y.csv: not read to its end" in reasons[2]
 
 
 # ---------------------------------------------------------------- lyrics
@@ -318,10 +325,9 @@ def test_instrumental(tmp_path):
     write(tmp_path / "song.json", {"language": "instrumental"})
     assert (one(tmp_path).language, one(tmp_path).problems) == ("unknown", ())
     write(tmp_path / "song.json", {"is_instrumental": False})
-    track = one(tmp_path)
-    assert (track.lyrics, track.is_instrumental) == ("[Instrumental]", False) and "no lyrics" in track.problems[0]
+    assert (one(tmp_path).lyrics, one(tmp_path).is_instrumental) == ("[Instrumental]", True)
     write(tmp_path / "song.json", {"language": "ja"})
-    assert one(tmp_path).is_instrumental and "no lyrics" in one(tmp_path).problems[0]
+    assert (one(tmp_path).language, one(tmp_path).is_instrumental) == ("ja", True)
     write(tmp_path / "song.txt", "words")
     track = one(tmp_path)
     assert (track.lyrics, track.is_instrumental, track.language, track.problems) == ("words", False, "ja", ())
@@ -330,7 +336,6 @@ def test_instrumental(tmp_path):
     write(tmp_path / "song.json", {"is_instrumental": "yes"})
     assert (one(tmp_path).lyrics, one(tmp_path).is_instrumental) == ("[Instrumental]", True)
     assert one(tmp_path).problems == ("is_instrumental is true: the lyrics are not used",)
-    assert one(tmp_path, all_instrumental=True).problems == ()
     write(tmp_path / "song.json", {})
     write(tmp_path / "song.txt", "[instrumental]\n")
     assert (one(tmp_path).lyrics, one(tmp_path).is_instrumental) == ("[Instrumental]", True)
@@ -339,7 +344,7 @@ def test_instrumental(tmp_path):
 # ---------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp932", "shift_jis"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp932", "shift_jis"])
 def test_japanese_text_is_read(tmp_path, encoding):
     text, remark = read_text(write(tmp_path / "x", "夢の中で\r\nキスをして".encode(encoding)))
     assert text == "夢の中で\r\nキスをして"
@@ -347,7 +352,8 @@ def test_japanese_text_is_read(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    "words", ["été", "bébés", "Dédé a été", "I don’t know — “why”", "GRÜN ÄÖÜ straße", "señor mañana"]
+    "words",
+    ["été", "bébés", "Dédé a été", "I don’t know — “why”", "er sagt ‚so‘ – ‚nein‘", "GRÜN ÄÖÜ straße", "señor mañana"],
 )
 def test_western_text_is_not_taken_for_japanese(tmp_path, words):
     assert read_text(write(tmp_path / "x", words.encode("cp1252")))[0] == words
@@ -358,8 +364,6 @@ def test_text_that_is_none_is_refused(tmp_path):
         read_text(write(tmp_path / "x", b"x" * (2**20 + 1)))
     with pytest.raises(ValueError, match="NUL"):
         read_text(write(tmp_path / "x", b"RIFF\0\0"))
-    with pytest.raises(ValueError, match="marked as utf-16"):
-        read_text(write(tmp_path / "x", b"\xff\xfea"))
 
 
 def test_a_huge_sidecar_is_refused_unread(tmp_path):
@@ -428,7 +432,7 @@ def test_two_names_of_one_normal_form_stay_two_songs(tmp_path):
     os.close(os.open(os.fsencode(tmp_path) + b"/\xff.wav", os.O_CREAT))
     found = scan(tmp_path)
     assert [track.id for track in found.tracks] == ["é.wav", "é.wav-2"]
-    assert "not valid Unicode" in found.problems[0][1] and shown(found)
+    assert "invalid Unicode" in found.problems[0][1] and shown(found)
 
 
 @needs_links
@@ -440,17 +444,17 @@ def test_links(tmp_path):
     (songs / "b" / "up").symlink_to("..")
     (songs / "b" / "top").symlink_to("/")
     (songs / "far").symlink_to(elsewhere)
-    (elsewhere / "back").symlink_to(songs)
-    (elsewhere / "far" / "loop").symlink_to(elsewhere)
+    (songs / "b" / "linked.wav").symlink_to("song.wav")
     (songs / "gone.wav").symlink_to("nowhere.wav")
     (songs / "self.wav").symlink_to("self.wav")
     os.mkfifo(songs / "pipe.wav")
     os.mkfifo(songs / "b" / "song.txt")
     found = scan(songs)
-    assert [track.id for track in found.tracks] == ["b/song.wav", "far/far/song.wav"]
+    assert [track.id for track in found.tracks] == ["b/linked.wav", "b/song.wav"]
     reasons = {path.name: reason for path, reason in found.problems}
-    assert reasons.keys() == {"a", "up", "top", "back", "loop", "gone.wav", "self.wav", "pipe.wav"}
-    assert reasons["gone.wav"] == "is a broken link" and reasons["pipe.wav"] == "is not a regular file"
+    assert reasons.keys() == {"a", "up", "top", "far", "gone.wav", "self.wav", "pipe.wav"}
+    assert "not followed" in reasons["far"] and "not a regular file" in reasons["pipe.wav"]
+    assert [track.id for track in scan([songs / "far"]).tracks] == ["far/song.wav"]  # a folder given may be a link
 
 
 def test_several_folders(tmp_path):
@@ -460,14 +464,14 @@ def test_several_folders(tmp_path):
     found = scan([str(tmp_path / "x/mine"), tmp_path / "y/mine", {"dir": str(tmp_path / "other"), "repeat": 2}])
     assert {track.id: track.repeat for track in found.tracks} == {
         "mine/song.wav": 1,
-        "mine-2/song.wav": 1,
+        "mine/song.wav-2": 1,
         "other/song.wav": 6,
     }
     assert scan([tmp_path / "other"]).tracks == scan(str(tmp_path / "other")).tracks
     with pytest.raises(UserError, match="nowhere"):
         scan([tmp_path / "nowhere"])
     for wrong in ({"dir": str(tmp_path), "repeat": 0}, {"dir": str(tmp_path), "times": 2}, 5):
-        with pytest.raises(UserError, match="is not a whole number|neither a folder"):
+        with pytest.raises(UserError, match="is not a number|is not a folder"):
             scan([wrong])
 
 
@@ -500,7 +504,7 @@ def test_the_table_is_safe_to_print(tmp_path):
     text = shown(scan(tmp_path))
     assert "\x1b" not in text and "\x07" not in text and "\x9b" not in text
     assert "[bold]x[/]" in text
-    assert sys.platform == "win32" or "[red] [/red].wav" in text
+    assert sys.platform == "win32" or ("[red][31m [/red].wav" in text and "has a name with control" in text)
     (tmp_path / "x.csv").unlink()
     write(tmp_path / "\x1b[31m.mp3", b"") if sys.platform != "win32" else None
     found = read_dataset_json(write(tmp_path / "d.json", [{"audio_path": "\x1b[31m.mp3"}]))
@@ -527,7 +531,7 @@ def test_scanning_imports_no_torch():
 
 def told(track: Track) -> Track:
     """A track without the story of where its values come from."""
-    return replace(track, original={}, sources={}, disagreements=(), problems=())
+    return replace(track, original={}, problems=())
 
 
 def test_round_trip(tmp_path):
@@ -594,7 +598,7 @@ def test_round_trip(tmp_path):
         "prompt_override",
         "repeat",
     }
-    assert "repeat" not in document["samples"][0] and document["samples"][0]["duration"] == 1
+    assert document["samples"][0]["duration"] == 1
     assert len({sample["id"] for sample in document["samples"]}) == 3
     assert b'\n  "metadata"' in before and "歌詞".encode() in before
 
@@ -612,13 +616,13 @@ def test_a_dataset_json_away_from_its_songs(tmp_path):
 def test_a_moved_dataset_finds_its_songs(tmp_path):
     song(tmp_path / "old" / "sub" / "é.wav")
     tracks = scan(tmp_path / "old", custom_tag="tag").tracks
-    write_dataset_json(tracks, tmp_path / "old" / "dataset.json", created_at="2026-01-01T00:00:00")
+    write_dataset_json(tracks, tmp_path / "old" / "dataset.json")
     ids = [track.id for track in read_dataset_json(tmp_path / "old" / "dataset.json").tracks]
     (tmp_path / "old").rename(tmp_path / "new")
     found = read_dataset_json(tmp_path / "new" / "dataset.json")
     assert [track.id for track in found.tracks] == ids == ["sub/é.wav"]
     metadata = json.loads((tmp_path / "new" / "dataset.json").read_text("utf-8"))["metadata"]
-    assert (metadata["created_at"], metadata["custom_tag"]) == ("2026-01-01T00:00:00", "tag")
+    assert (metadata["name"], metadata["custom_tag"]) == ("untitled_dataset", "tag")
 
 
 @pytest.mark.parametrize(
@@ -669,9 +673,10 @@ def test_settings_of_a_dataset_json(tmp_path):
     )
     assert [track.prompt("x") for track in found.tracks] == ["new, x", "own, x"]
     assert all(track.is_instrumental for track in found.tracks) and found.problems[0][0].name == "c.wav"
-    write(path, {"metadata": {"tag_position": ["x"], "genre_ratio": 500, "custom_tag": 7}, "samples": samples})
-    found = read_dataset_json(path)
-    assert len(found.tracks) == 3 and len(found.problems) == 3
+    for wrong in ({"tag_position": ["x"]}, {"genre_ratio": 500}, {"custom_tag": 7}, ["metadata"]):
+        write(path, {"metadata": wrong, "samples": samples})
+        with pytest.raises(UserError, match="is not|is none of"):
+            read_dataset_json(path)
 
 
 def test_bad_samples_cost_only_themselves(tmp_path):
@@ -756,7 +761,6 @@ def test_any_bytes_in_a_sidecar_give_a_value_or_a_problem(tmp_path, suffix, cont
     path.unlink()
     (track,) = found.tracks
     check(track)
-    assert set(track.sources.values()) <= {path.name}
     printed = shown(found)
     assert not any(ord(char) < 32 and char != "\n" or 127 <= ord(char) < 160 for char in printed)
 
@@ -792,4 +796,4 @@ def test_claims_name_their_file(tmp_path):
     write(tmp_path / "song.json", {"bpm": 90, "duration": 3})
     claims, problems = read_claims("song", {"song.json": tmp_path / "song.json"})
     assert [(claim.field, claim.source, claim.kind) for claim in claims] == [("bpm", "song.json", ".json")]
-    assert problems == [] and file_key(".\\A\\É.WAV") == file_key("a/e\u0301.wav")
+    assert problems == [] and file_key("É.WAV") == file_key("e\u0301.wav")

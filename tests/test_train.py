@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from acestep_lora import basemodel
 from acestep_lora.adapters import Adapter, AdapterError, disabled
 from acestep_lora.callbacks.checkpoints import checkpoint_folders
+from acestep_lora.cli import ROOT
 from acestep_lora.data.encode import stage
 from acestep_lora.dit import load_dit
 from acestep_lora.errors import UserError
@@ -274,6 +276,17 @@ def test_overfitting_one_song_lowers_its_fixed_grid_loss(run, tmp_path, configur
     )  # fmt: skip
     base = float(next(iter(column(folder, "val/base_loss").values())))
     assert result.metric < 0.8 * base
+
+
+def test_a_new_kind_of_adapter_is_one_yaml(run, tmp_path):
+    """The one the README shows, trained and exported."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (yaml,) = re.findall(r"```yaml\n(_target_.*?)```", readme, re.DOTALL)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/hra.yaml").write_text(yaml)
+    result, folder = run(f"hydra.searchpath=[file://{tmp_path}]", "adapter=hra", "trainer.max_steps=2")
+    assert result.metric is not None
+    assert any("hra" in name for name in adapter(folder))
 
 
 def test_two_stages_are_never_resident_together(nano):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import lightning as L
 
-from acestep_lora.adapter_files import load_adapter
+from acestep_lora.adapter_files import read
 from acestep_lora.adapters import NAME
 from acestep_lora.callbacks.ema import AdapterEMA
-from acestep_lora.export import save_adapter
+from acestep_lora.export import FORMATS, Options, save_adapter
+from acestep_lora.factors import parse
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,10 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer, pl_module)
-        self.export(trainer, pl_module, self.output_dir / "adapter", formats=None)
+        self.export(trainer, pl_module, self.output_dir / "adapter", formats=FORMATS)
         best = self.output_dir / "adapter_best"
         if trainer.is_global_zero and best.is_dir():
-            save_adapter(best, *load_adapter(best), metadata=self.metadata, **self._options(pl_module))
+            save_adapter(best, read(best), self._options(pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
@@ -125,17 +126,11 @@ class Checkpoints(L.Callback):
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, AdapterEMA)), None)
         with ema.applied(pl_module) if ema else nullcontext():
             state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.adapter_state().items()}
-        options = self._options(pl_module)
-        save_adapter(folder, state, peft[NAME], metadata=self.metadata, formats=formats, **options)
+        weights = parse(state, peft[NAME].to_dict(), self.metadata)
+        save_adapter(folder, weights, self._options(pl_module), formats)
 
-    def _options(self, pl_module: L.LightningModule) -> dict:
-        return {
-            "name": self.name,
-            "base": pl_module.base_weight,
-            "comfyui_dora": self.comfyui_dora,
-            "max_rank": MAX_RANK,
-            "num_layers": len(pl_module.dit.layers),
-        }
+    def _options(self, pl_module: L.LightningModule) -> Options:
+        return Options(self.name, pl_module.base_weight, comfyui_dora=self.comfyui_dora, max_rank=MAX_RANK)
 
     def _rotate(self) -> None:
         folders = checkpoint_folders(self.output_dir)

@@ -74,8 +74,8 @@ def text_key(texts: list, condition_hash: str, dtype: torch.dtype, timbre_token:
 
 def safe_stem(path: Path) -> str:
     """A file stem that every file system accepts, at most 120 bytes; the keys behind it make names unique."""
-    legal = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "_", path.stem)
-    return legal.encode()[:120].decode(errors="ignore").strip(" .") or "track"
+    legal = re.sub(r'[<>:"/\\|?*.\x00-\x1f]+', "_", path.stem)  # a dot would make CON.live the device CON on Windows
+    return legal.encode()[:120].decode(errors="ignore").strip() or "track"
 
 
 class Cache:
@@ -102,6 +102,10 @@ class Cache:
                 return entry
         return None
 
+    def forget(self) -> None:
+        """Look at the folder again: other processes write to it, too."""
+        self._lenders = None
+
     def _index(self) -> dict[str, list[Path]]:
         if self._lenders is None:
             self._lenders = {}
@@ -126,7 +130,7 @@ class Cache:
         orphans += [path for pattern in (".*.tmp", ".tmp*", "*.f32") for path in self.folder.glob(pattern)]
         for path in orphans:
             path.unlink(missing_ok=True)
-        self._lenders = None
+        self.forget()
         return orphans
 
 
@@ -143,8 +147,10 @@ def header_of(track: Track, duration: float, frames: int, audio: str, text: str 
     return header | ({"text_key": text} if text else {})
 
 
-def read_upstream(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_upstream(path: Path, channels: int) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a .pt file of the official trainer, its condition padding cropped by mask.
+
+    channels: of the base model's latents.
 
     Raises CacheError for anything else, and for files of its "lokr" mode, which show the model the answer as context.
     """
@@ -164,8 +170,8 @@ def read_upstream(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"{path.name} was made for LoKr with the song itself as context: preprocess it again from audio."
         )
     latents, states, mask = data[needed[0]].float(), data[needed[1]], data[needed[2]].bool()
-    if latents.ndim != 2 or not torch.isfinite(latents).all():
-        raise CacheError(f"{path.name}: target_latents must be finite and [T, C], got {list(latents.shape)}.")
+    if latents.ndim != 2 or latents.shape[1] != channels or not latents.isfinite().all():
+        raise CacheError(f"{path.name}: target_latents must be finite and [T, {channels}], got {list(latents.shape)}.")
     if states.ndim != 2 or mask.shape != states.shape[:1]:
         raise CacheError(f"{path.name}: mask {list(mask.shape)} does not fit condition states {list(states.shape)}.")
     tensors = {

@@ -29,7 +29,7 @@ VAL_TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class DatasetError(UserError):
-    """Nothing to train on, said before any model is loaded."""
+    """Nothing to train on, said before the transformer is loaded."""
 
 
 @dataclass
@@ -238,12 +238,17 @@ class EpochOrder(Sampler[list[Draw]]):
         indices = [i for i, song in enumerate(dataset.songs) for _ in range(song.track.repeat)]
         shuffled = torch.randperm(len(indices), generator=generator(*names)).tolist()
         jitter = (torch.rand(len(indices), generator=generator(*names, "jitter")) * 0.3 + 0.85).tolist()
-        alike = [indices[i] for i in sorted(shuffled, key=lambda i: dataset.length(indices[i]) * jitter[i])]
+
+        def alike(items: list[int]) -> list[int]:
+            return sorted(items, key=lambda item: dataset.length(indices[item]) * jitter[item])
+
         size = self.batch_size * self.accumulate * self.world
-        windows = [alike[i : i + size] for i in range(0, len(alike), size)]
-        last = windows.pop() if len(windows[-1]) < size else []  # a partial window stays last
+        rest = len(indices) % size  # the partial window: any items, or the longest songs would always be in it
+        body = alike(shuffled[rest:])
+        windows = [body[first : first + size] for first in range(0, len(body), size)]
         turns = torch.randperm(len(windows), generator=generator(*names, "windows")).tolist()
-        return [i for turn in turns for i in windows[turn]] + last
+        dealt = [*(windows[turn] for turn in turns), alike(shuffled[:rest])]
+        return [indices[item] for window in dealt for item in window]
 
     def batches(self) -> list[list[Draw]]:
         """Every rank's batches of the epoch, this rank's being every world-th."""
@@ -285,6 +290,11 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state: dict) -> None:
         taken = state["taken"]
         self.batch_sampler.start = taken if taken < len(self.batch_sampler) else 0
+
+
+def _reasons(bad: list[tuple[Path, str]]) -> str:
+    """The first few files that cannot be used and why, in brackets; empty when there are none."""
+    return f" ({'; '.join(f'{path.name}: {reason}' for path, reason in bad[:3])})" if bad else ""
 
 
 class LatentDataModule(L.LightningDataModule):
@@ -363,9 +373,8 @@ class LatentDataModule(L.LightningDataModule):
         read = read_dataset_json if self.json else scan
         found = read(self.json or self.dir, require_caption=self.require_caption, **self.tags)
         if not found.tracks:
-            raise DatasetError(
-                f"No song was found in {self.json or self.dir}: give dataset.dir=FOLDER with audio files."
-            )
+            where = f"{self.json or self.dir}{_reasons(found.problems)}"
+            raise DatasetError(f"No song was found in {where}: give dataset.dir=FOLDER with audio files.")
         return found
 
     # ------------------------------------------------------------ making the cache
@@ -403,23 +412,25 @@ class LatentDataModule(L.LightningDataModule):
 
     def _import(self) -> list[Song]:
         """Upstream's .pt tensors, converted into entries."""
-        songs, hashes = [], FileHashes(self.cache.folder / "files.json")
-        for path in sorted(Path(self.tensors).expanduser().rglob("*.pt")):
+        songs, hashes, root = [], FileHashes(self.cache.folder / "files.json"), Path(self.tensors).expanduser()
+        for path in sorted(root.rglob("*.pt")):
             try:
-                tensors, metadata = read_upstream(path)
+                tensors, metadata = read_upstream(path, self.base.channels)
             except CacheError as error:
                 self.bad.append((path, str(error)))
                 continue
             key = digest("upstream", hashes.file(path))
             frames = len(tensors["latents.mean"])
             duration = frames / self.base.frame_rate
-            track = Track(id=path.name, path=path, caption=str(metadata.get("caption", "")), duration=duration)
+            name, caption = path.relative_to(root).as_posix(), str(metadata.get("caption", ""))
+            track = Track(id=name, path=path, caption=caption, duration=duration)
             entry = self.cache.find(track, key, key) or self.cache.write(
                 self.cache.path(track, key, key),
                 tensors,
                 {"audio_key": key, "text_key": key, "duration": repr(duration), "frames": str(frames)},
             )
             songs.append(Song(track, entry, frozenset(tensors)))
+        hashes.save()
         return songs
 
     # ------------------------------------------------------------ using it
@@ -428,8 +439,7 @@ class LatentDataModule(L.LightningDataModule):
         if self.songs is None:
             self.encode(run=False)
         if not self.songs:
-            reasons = "; ".join(f"{Path(path).name}: {reason}" for path, reason in self.bad[:3])
-            raise DatasetError(f"No song is ready to train on. {reasons}")
+            raise DatasetError(f"No song is ready to train on{_reasons(self.bad)}: give other audio files.")
         train, val = self.split(self.songs)
         if not val:
             log.warning(

@@ -8,8 +8,10 @@ written as soon as it is done: an interrupted run continues where it stopped.
 import gc
 import logging
 import math
+import re
 import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +113,7 @@ class Encoder:
         audio = [job for job in jobs if job.entry is None and not job.problem]
         if audio:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
+            self.files.save()
             songs = SpoolDataset(self, audio)
             stage("VAE", lambda: VAEPass.load(self, audio), lambda vae: self._predict(vae, songs, num_workers, trainer))
             self._share(jobs)
@@ -122,9 +125,22 @@ class Encoder:
                 lambda: TextPass.load(self, text),
                 lambda encoders: self._predict(encoders, range(len(text)), 0, trainer),
             )
-        for job in jobs:  # the work of other processes is found in the cache
+            self._share(jobs)
+        for job in jobs:
+            if job.ready:  # so the latents alone, which copies of a song may share, have served
+                self.cache.path(job.track, job.audio_key).unlink(missing_ok=True)
+
+    def _share(self, jobs: list[Job]) -> None:
+        """Take over what the other processes of this pass did: entries are found in the cache, problems are sent."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            told = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(told, [(job.problem, job.remarks) for job in jobs])
+            for job, *known in zip(jobs, *told, strict=True):
+                job.problem = max(problem for problem, _ in known)
+                job.remarks = list(dict.fromkeys(remark for _, remarks in known for remark in remarks))
+        self.cache.forget()
+        for job in jobs:
             if not job.ready and not job.problem:
-                self.cache._lenders = None
                 self.complete(job, self.cache.lender(job.audio_key))
 
     def _predict(self, module: L.LightningModule, dataset, num_workers: int, trainer: dict) -> None:
@@ -203,17 +219,19 @@ class VAEPass(L.LightningModule):
 
     def predict_step(self, item: tuple[int, Spool | str]) -> int:
         i, audio = item
-        job = self.jobs[i]
+        job, cache = self.jobs[i], self.encoder.cache
         if isinstance(audio, str):
             job.problem = audio
             return i
         with audio:
-            mean, std = encode_windows(self.vae, audio)
             job.remarks += audio.problems
-            header = header_of(job.track, audio.duration, len(mean), job.audio_key)
-        path = self.encoder.cache.path(job.track, job.audio_key)
-        entry = self.encoder.cache.write(path, {"latents.mean": mean, "latents.std": std}, header)
-        self.encoder.complete(job, entry)
+            latents = cache.lender(job.audio_key)  # a copy of this song may have been encoded before it
+            if latents is None:
+                mean, std = encode_windows(self.vae, audio)
+                header = header_of(job.track, audio.duration, len(mean), job.audio_key)
+                path = cache.path(job.track, job.audio_key)
+                latents = cache.write(path, {"latents.mean": mean, "latents.std": std}, header)
+        self.encoder.complete(job, latents)
         return i
 
 
@@ -281,18 +299,25 @@ class TextPass(L.LightningModule):
             tensors["hints"] = self._hints(tensors["latents.mean"])
         header = header_of(job.track, latents.duration, latents.frames, job.audio_key, job.text_key)
         job.entry = encoder.cache.write(encoder.cache.path(job.track, job.audio_key, job.text_key), tensors, header)
-        encoder.cache.path(job.track, job.audio_key).unlink(missing_ok=True)  # the latents alone have served
         return i
 
     def _fit(self, track: Track, caption: str, instruction: str, duration: float) -> tuple[str, bool]:
-        """The prompt, with words taken off the caption's end until the metas after it are not cut off."""
-        words, shortened = caption.split(" "), False
-        while True:
-            prompt = self.conditioning.prompt(track, " ".join(words), instruction, duration)
-            excess = len(self.tokenizer(prompt).input_ids) - self.conditioning.text_tokens
-            if excess <= 0 or not words:
-                return prompt, shortened
-            words, shortened = words[: -max(1, min(excess // 8, len(words) // 2))], True
+        """The prompt, its caption cut short where tag and metas would not fit after it, and whether it was."""
+
+        def prompt(length: int) -> str:
+            return self.conditioning.prompt(track, caption[:length], instruction, duration)
+
+        def tokens(length: int) -> int:
+            return len(self.tokenizer(prompt(length)).input_ids)
+
+        limit, length = self.conditioning.text_tokens, len(caption)
+        if tokens(length) <= limit:
+            return prompt(length), False
+        length = max(0, bisect_right(range(length), limit, key=tokens) - 1)
+        half_a_word = re.search(r" [!-~]+$", caption[:length])
+        if half_a_word and not caption[length].isspace():
+            length = half_a_word.start()
+        return prompt(length), True
 
     def _tokens(self, text: str, limit: int) -> tuple[Tensor, Tensor]:
         """Token ids [1, l] and their mask."""
@@ -309,7 +334,7 @@ class TextPass(L.LightningModule):
         silence = self.condition_encoder.silence_latent
         timbre_frames = math.ceil(30 * self.encoder.base.frame_rate)
         timbre = silence[:, :timbre_frames] if self.conditioning.silence_timbre else torch.zeros_like(silence[:, :1])
-        states, mask = self.condition_encoder(
+        states, _ = self.condition_encoder(
             text_hidden_states=self.text_encoder(input_ids=text).last_hidden_state,
             text_attention_mask=text_mask,
             lyric_hidden_states=self.text_encoder.get_input_embeddings()(lyric),
@@ -317,7 +342,7 @@ class TextPass(L.LightningModule):
             refer_audio_acoustic_hidden_states_packed=timbre,
             refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=self.device),
         )
-        return (states[0] if self.conditioning.padded else states[0][mask[0]]).to(self.encoder.dtype).cpu()
+        return states[0].to(self.encoder.dtype).cpu()
 
     def _hints(self, latents: Tensor) -> Tensor:
         """Latents [T, C] through the 5 Hz tokenizer and back: what an LM's codes would give as context."""

@@ -3,26 +3,22 @@
     {stem}.lyrics.txt, {stem}.txt, {stem}.lrc   lyrics; LRC time stamps and headers are stripped
     {stem}.txt with `key: value` lines          Side-Step's sidecar, `lyrics:` last
     {stem}.caption.txt                          caption
-    {stem}.json                                 an object of fields (see below)
+    {stem}.json                                 fields, "reviewed" and "provenance"
     *.csv                                       Key-BPM-Finder's export: File, BPM, Key, Camelot, Caption
 
-Beside the fields, {stem}.json may hold
-
-    "reviewed": true | ["bpm", ...]             a person has checked all or these fields
-    "provenance": {"bpm": {"kind": "estimator", "provider": "...", ...}, ...}
-
-Both speak of the value in the JSON or, where the JSON has none, of that in {stem}.lyrics.txt or {stem}.caption.txt.
-A reviewed value beats every other, even an empty one; an unreviewed value whose provenance has a kind in `MACHINE`
-loses to every other; further provenance keys are free. Otherwise the order is upstream's (`RANK`).
+"reviewed": true | ["bpm", ...] says which fields a person has checked: they beat every other source, even if empty.
+"provenance": {"bpm": {"kind": "estimator", ...}} marks fields of a kind in `MACHINE`: unreviewed, they lose to every
+other. Both speak of the JSON's own value or, where it has none, of the one in {stem}.lyrics.txt or {stem}.caption.txt.
+Otherwise the order is upstream's (`RANK`).
 """
 
+import codecs
 import csv
 import io
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,41 +28,33 @@ MAX_BYTES = 1 << 20
 MACHINE = ("estimator", "transcriber", "captioner")
 # From the weakest source to the strongest.
 RANK = ("machine", "side-step", ".caption.txt", ".json", ".lrc", ".txt", ".lyrics.txt", ".csv", "reviewed")
-_HOME = {"caption": ".caption.txt", "lyrics": ".lyrics.txt"}
 _ALIASES = {
     "key": "keyscale", "scale": "keyscale", "tempo": "bpm", "genres": "genre", "repeats": "repeat",
     "signature": "timesignature", "time_signature": "timesignature", "sig": "timesignature",
     "lang": "language", "vocal_language": "language",
 }  # fmt: skip
 
-_BOMS = {
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
-# Kana, or two common kanji in a row: what Western text in bytes over 0x7f practically never forms.
-_JAPANESE = re.compile(rb"[\x82\x83][\x40-\xfc]|(?:[\x88-\x98][\x40-\xfc]){2}")
+# Two kana or common kanji in a row, in bytes that Western text practically never holds.
+_CP932 = re.compile(rb"(?:[\x82\x83\x88-\x98][\x40-\xfc]){2}")
 _STAMP = re.compile(r"[\[<]\d{1,3}:\d{1,2}(?:[.:]\d{1,3})?[\]>]")
 _LRC_HEADER = re.compile(r"\s*\[(?:ar|ti|al|au|by|offset|length|re|ve|la|tool|#)\s*:[^\]]*\]\s*", re.IGNORECASE)
-_KEY_VALUE = re.compile(r"\s*([A-Za-z_]+)\s*:(.*)")
+# Side-Step's fields end at `lyrics:` or at a line of another shape.
+_LYRICS = re.compile(r"^[ \t]*lyrics[ \t]*:|^(?![ \t]*[a-z_]+[ \t]*:)(?=.*\S)", re.IGNORECASE | re.MULTILINE)
 
 
 def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def file_key(name: str) -> str:
+    """A file name as tables are matched by."""
+    return nfc(name).strip().casefold()
+
+
 def strip_lrc(text: str) -> str:
     """Lyrics without LRC time stamps (`[mm:ss.xx]`, `<mm:ss.xx>`) and headers (`[ar:...]`); other tags stay."""
-    lines = []
-    for row in text.splitlines():
-        words = _STAMP.sub("", row)
-        if words != row:
-            row = " ".join(words.split())
-        if not _LRC_HEADER.fullmatch(row):
-            lines.append(row)
-    return "\n".join(lines).strip()
+    rows = [" ".join(_STAMP.sub("", row).split()) if _STAMP.search(row) else row for row in text.splitlines()]
+    return "\n".join(row for row in rows if not _LRC_HEADER.fullmatch(row)).strip()
 
 
 def _lyrics(value: object) -> str | None:
@@ -100,18 +88,7 @@ class Claim(NamedTuple):
     kind: str
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """Per field: the winning value in its normal form, who gave it, and what was written where that differs."""
-
-    values: dict[str, object] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    original: dict[str, object] = field(default_factory=dict)
-    disagreements: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def read_text(path: Path, limit: int = MAX_BYTES) -> tuple[str, str | None]:
+def read_text(path: Path, limit: int = MAX_BYTES) -> tuple[str, list[str]]:
     """A text file and, when its encoding had to be guessed, a remark on that.
 
     Raises ValueError if the file is over `limit` bytes or not text.
@@ -120,60 +97,42 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> tuple[str, str | None]:
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise ValueError(f"larger than {limit >> 20} MB, not read: is it the right file?")
-    marked = next((encoding for mark, encoding in _BOMS.items() if raw.startswith(mark)), None)
-    if marked is None and b"\0" in raw:
+    remarks = []
+    try:
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError:
+        encoding = "cp932" if _CP932.search(raw) else "cp1252"
+        text = raw.decode(encoding, errors="replace")
+        remarks.append(f"not UTF-8, read as {encoding}: check it or save it as UTF-8")
+    if "\0" in text:
         raise ValueError("holds NUL bytes, not read: save it as UTF-8 text")
-    guesses = ["cp932"] * bool(_JAPANESE.search(raw)) + ["cp1252", "latin-1"]
-    for encoding in [marked] if marked else ["utf-8", *guesses]:
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        return text, f"not UTF-8, read as {encoding}: check it or save it as UTF-8" if encoding in guesses else None
-    raise ValueError(f"is marked as {marked} but is not: save it as UTF-8 text")
+    return text, remarks
 
 
 def parse_json(text: str) -> object:
-    """JSON as the standard has it; NaN, Infinity and broken or bottomless documents raise ValueError with the line."""
+    """JSON as the standard has it; NaN, Infinity and broken or bottomless documents raise ValueError."""
 
     def refuse(literal: str) -> None:
         raise ValueError(f"holds {literal}, which is not JSON: use null")
 
     try:
         return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON, line {error.lineno}: {error.msg}") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
 
 
 def canonical(record: Mapping) -> dict[str, object]:
     """The fields of a record under their own names, case and aliases resolved; unknown keys are left out."""
-    named = {}
-    for key, value in record.items():
-        key = str(key).strip().lower()
-        named[_ALIASES.get(key, key)] = value
+    named = {str(key).strip().lower(): value for key, value in record.items()}
+    named = {_ALIASES.get(key, key): value for key, value in named.items()}
     return {name: named[name] for name in NORMALISE if name in named}
 
 
-def side_step(text: str) -> dict[str, object] | None:
-    """The fields of a Side-Step sidecar, or None if the first line is no known `key: value`.
-
-    Lyrics are what follows `lyrics:`, or else the first line of another shape.
-    """
-    record: dict[str, object] = {}
-    rows = text.strip().splitlines()
-    for index, row in enumerate(rows):
-        match = _KEY_VALUE.fullmatch(row)
-        if index == 0 and not (match and canonical({match[1]: ""})):
-            return None
-        if match and match[1].lower() == "lyrics":
-            return canonical(record | {"lyrics": "\n".join([match[2], *rows[index + 1 :]])})
-        if not match and row.strip():
-            return canonical(record | {"lyrics": "\n".join(rows[index:])})
-        if match:
-            record[match[1]] = match[2]
-    return canonical(record)
+def side_step(text: str) -> dict[str, object]:
+    """The fields of a Side-Step sidecar; none for a text that does not begin with known ones."""
+    head, *lyrics = _LYRICS.split(text.strip(), maxsplit=1)
+    record = canonical(dict(row.split(":", 1) for row in head.splitlines() if row.strip()))
+    return record | {"lyrics": lyrics[0]} if record and lyrics else record
 
 
 def _parse(suffix: str, text: str) -> tuple[str, dict[str, object]]:
@@ -183,114 +142,91 @@ def _parse(suffix: str, text: str) -> tuple[str, dict[str, object]]:
         if not isinstance(record, dict):
             raise ValueError(f'holds {fields.show(record)}, an object such as {{"bpm": 120}} is expected')
         return suffix, record
-    if suffix == ".txt" and (record := side_step(text)) is not None:
+    if suffix == ".txt" and (record := side_step(text)):
         return "side-step", record
     return suffix, {"caption" if suffix == ".caption.txt" else "lyrics": text}
 
 
+def _standing(record: Mapping) -> dict[str, str]:
+    """Field -> the rank that a JSON's `reviewed` and `provenance` give it."""
+    reviewed, provenance = record.get("reviewed") or [], record.get("provenance") or {}
+    objects = provenance.values() if isinstance(provenance, dict) else [provenance]
+    if not isinstance(reviewed, bool | list) or not all(isinstance(entry, dict) for entry in objects):
+        raise ValueError("reviewed must be true or a list of fields, and provenance an object of objects")
+    machine = {name: "machine" for name, entry in provenance.items() if entry.get("kind") in MACHINE}
+    return machine | {name: "reviewed" for name in NORMALISE if reviewed is True or name in reviewed}
+
+
 def read_claims(stem: str, files: Mapping[str, Path]) -> tuple[list[Claim], list[str]]:
     """Claims and problems of a song's own sidecars; `files` maps NFC names to the files of the song's folder."""
-    claims, problems, record = [], [], {}
+    claims, problems, standing = [], [], {}
     for suffix in (".caption.txt", ".lyrics.txt", ".txt", ".lrc", ".json"):
         path = files.get(nfc(stem + suffix))
         if path is None:
             continue
         try:
-            text, remark = read_text(path)
-            kind, values = _parse(suffix, text)
+            text, remarks = read_text(path)
+            kind, record = _parse(suffix, text)
+            problems += [f"{path.name}: {remark}" for remark in remarks]
+            claims += [Claim(name, value, path.name, kind) for name, value in canonical(record).items()]
+            standing = _standing(record) if suffix == ".json" else {}
         except (OSError, ValueError) as error:
             problems.append(f"{path.name}: {error}")
-            continue
-        problems += [f"{path.name}: {remark}"] if remark else []
-        claims += [Claim(name, value, path.name, kind) for name, value in canonical(values).items()]
-        record = values if kind == ".json" else record
+    in_json = {claim.field for claim in claims if claim.kind == ".json"}
+
+    def rank(claim: Claim) -> str:
+        elsewhere = claim.field not in in_json and claim.kind in (".caption.txt", ".lyrics.txt")
+        return standing.get(claim.field, claim.kind) if claim.kind == ".json" or elsewhere else claim.kind
+
+    return [claim._replace(kind=rank(claim)) for claim in claims], problems
+
+
+def read_csv(path: Path) -> tuple[dict[str, list[Claim]], list[str]]:
+    """Claims of a Key-BPM-Finder table by `file_key` of the File cell, and problems; Camelot stands in for Key."""
+    claims, problems = {}, []
     try:
-        claims = _checked(claims, record)
-    except ValueError as error:
-        problems.append(f"{nfc(stem)}.json: {error}")
+        text, problems = read_text(path, limit=16 * MAX_BYTES)
+        text = fields.clean(text)
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
+        if "file" not in table.fieldnames:
+            raise ValueError("there is no File column")
+        for row in table:
+            if any(row.pop(None, ())):
+                problems.append(f"line {table.line_num}: more cells than columns, not read")
+            elif row["file"]:
+                values = {"bpm": row.get("bpm"), "caption": row.get("caption")}
+                values["keyscale"] = row.get("key") or row.get("camelot")
+                claims[file_key(row["file"])] = [Claim(*item, path.name, ".csv") for item in values.items()]
+    except (OSError, ValueError, csv.Error) as error:
+        problems.append(f"not read to its end: {error}")
     return claims, problems
 
 
-def _checked(claims: list[Claim], record: Mapping) -> list[Claim]:
-    """The claims, with new ranks for those that the JSON's `reviewed` and `provenance` speak of.
+def resolve(claims: list[Claim]) -> tuple[dict[str, object], dict[str, object], list[str]]:
+    """Values in their normal form, what was written where that differs, and problems.
 
-    Raises ValueError if one of the two has another shape.
+    Of every field the best-ranked valid claim wins, of equals the later one.
     """
-    reviewed, provenance = record.get("reviewed") or [], record.get("provenance") or {}
-    reviewed = list(NORMALISE) if reviewed is True else reviewed
-    if not isinstance(reviewed, list):
-        raise ValueError(f"reviewed {fields.show(reviewed)} is neither true nor a list of fields")
-    if not isinstance(provenance, dict) or not all(isinstance(entry, dict) for entry in provenance.values()):
-        raise ValueError(f"provenance {fields.show(provenance)} is not an object of objects")
-    by_machine = [name for name, entry in provenance.items() if entry.get("kind") in MACHINE]
-    in_json = {claim.field for claim in claims if claim.kind == ".json"}
-
-    def kind(claim: Claim) -> str:
-        if claim.kind != (".json" if claim.field in in_json else _HOME.get(claim.field)):
-            return claim.kind
-        return "reviewed" if claim.field in reviewed else "machine" if claim.field in by_machine else claim.kind
-
-    return [claim._replace(kind=kind(claim)) for claim in claims]
-
-
-def read_csv(path: Path) -> tuple[dict[str, tuple[int, dict[str, object]]], list[str]]:
-    """Rows of a Key-BPM-Finder table as {`file_key` of the File cell: (line, fields)}, and problems.
-
-    The Camelot column serves where Key is empty. Raises ValueError if there is no File column.
-    """
-    text, remark = read_text(path, limit=16 * MAX_BYTES)
-    text = fields.clean(text)
-    rows, problems = {}, [remark] if remark else []
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns: list[str] = []
-    try:
-        columns = [column.strip().lower() for column in next(reader, [])]
-        for cells in reader:
-            if any(cell.strip() for cell in cells[len(columns) :]):
-                problems.append(f"line {reader.line_num}: {len(cells)} cells for {len(columns)} columns, not read")
-                continue
-            row = dict(zip(columns, (cell.strip() for cell in cells), strict=False))
-            values = {"bpm": row.get("bpm"), "caption": row.get("caption")}
-            values["keyscale"] = row.get("key") or row.get("camelot")
-            if row.get("file"):
-                rows[file_key(row["file"])] = (reader.line_num, values)
-    except csv.Error as error:
-        problems.append(f"line {reader.line_num}: {error}; not read from there on")
-    if "file" not in columns:
-        raise ValueError("has no File column, not read")
-    return rows, problems
-
-
-def file_key(name: str) -> str:
-    """A file name or relative path as tables are matched by: NFC, case-folded, forward slashes."""
-    return nfc(nfc(name).replace("\\", "/").removeprefix("./").casefold())
-
-
-def resolve(claims: list[Claim]) -> Resolved:
-    """The best-ranked valid claim of every field; of equals the later one."""
-
-    def told(claim: Claim, value: object) -> str:
-        return claim.source if claim.field in ("caption", "lyrics", "genre") else f"{claim.source} ({value})"
-
-    found = Resolved()
-    for name, normalise in NORMALISE.items():
-        valid = []
-        for claim in (claim for claim in claims if claim.field == name):
-            try:
-                value = normalise(claim.value)
-            except ValueError as error:
-                found.problems.append(f"{claim.source}: {name} {error}")
-                continue
-            if value is not None or claim.kind == "reviewed":
-                valid.append((RANK.index(claim.kind), value, claim))
-        if not valid:
+    valid: dict[str, list[tuple[Claim, object]]] = {}
+    values, original, problems = {}, {}, []
+    for claim in sorted(claims, key=lambda claim: RANK.index(claim.kind)):
+        try:
+            value = NORMALISE[claim.field](claim.value)
+        except ValueError as error:
+            problems.append(f"{claim.source}: {claim.field} {error}")
             continue
-        valid.sort(key=lambda entry: entry[0])
-        _, value, winner = valid[-1]
-        found.values[name], found.sources[name] = value, winner.source
+        if value is not None or claim.kind == "reviewed":
+            valid.setdefault(claim.field, []).append((claim, value))
+    for name, ranked in valid.items():
+        winner, value = ranked[-1]
+        if value is not None:
+            values[name] = value
         if str(winner.value).strip() != str(value):
-            found.original[name] = winner.value
-        if losers := [told(claim, lost) for _, lost, claim in valid[:-1] if lost != value]:
-            found.disagreements.append(f"{name}: {told(winner, value)} wins over {', '.join(losers)}")
-    return found
+            original[name] = winner.value
+        if losers := [f"{claim.source} ({fields.show(other)})" for claim, other in ranked if other != value]:
+            problems.append(f"{name}: {winner.source} ({fields.show(value)}) wins over {', '.join(losers)}")
+    if values.pop("is_instrumental", False) and values.pop("lyrics", fields.INSTRUMENTAL) != fields.INSTRUMENTAL:
+        problems.append("is_instrumental is true: the lyrics are not used")
+    return values, original, problems
