@@ -1,5 +1,7 @@
 """Songs -> cached latents and conditions: python preprocess.py dataset.dir=/music/mine model=turbo"""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from acestep_lora import cli
@@ -10,7 +12,6 @@ def preprocess(cfg: DictConfig):
     from hydra.utils import instantiate
 
     from acestep_lora import reports, runs
-    from acestep_lora.data.track import write_dataset_json
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
     data = instantiate(cfg.dataset, _partial_=True)(
@@ -28,7 +29,7 @@ def preprocess(cfg: DictConfig):
         removed = data.cache.prune({song.entry.path for song in data.songs})
         print(f"{len(removed)} unused entries removed")
     if cfg.output:
-        write_dataset_json([song.track for song in data.songs], cfg.output)
+        data.write_json(Path(cfg.output).expanduser())
     reports.print_table(data)
     return data
 

@@ -24,7 +24,6 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     from hydra.utils import instantiate
 
     from acestep_lora import loggers, reports, runs
-    from acestep_lora.data.track import write_dataset_json
     from acestep_lora.hashes import FileHashes
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
@@ -61,7 +60,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
         if trainer.is_global_zero:
             reports.print_table(data)
-            write_dataset_json([song.track for song in data.songs], run.folder / "dataset.json", name=cfg.name)
+            data.write_json(run.folder / "dataset.json", cfg.name)
             loggers.upload(trainer.loggers, run.folder, cfg.name)
         metric = trainer.callback_metrics.get(cfg.metric)
         module.dit = None

@@ -231,8 +231,8 @@ def test_prodigy_brings_its_schedule_and_the_command_line_wins(configure):
     assert (cfg.optimizer.lr, cfg.scheduler.name) == (1.0, "cosine")
 
 
-def test_official_recipe_in_one_word(composed):
-    cfg = composed("train", "experiment", "official")
+def test_official_recipe_in_one_word(configure):
+    cfg = configure("train", "experiment=official", "model=base")
     assert instantiate(cfg.conditioning) == Conditioning(
         lyric_header=False, lyric_tokens=512, padded=True, silence_timbre=False
     )

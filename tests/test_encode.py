@@ -50,7 +50,7 @@ def songs(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def tracks(songs) -> list[Track]:
     plain, full, tagged = scan(songs[0].parent).tracks
-    sung = {"lyrics": "[Verse 1]\nさくら さくら\n" * 20, "language": "ja", "is_instrumental": False}
+    sung = {"lyrics": "[Verse 1]\nさくら さくら\n" * 20, "language": "ja"}
     return [
         plain,
         replace(full, caption="lofi, warm piano", bpm=92, keyscale="F# minor", timesignature="3", **sung),

@@ -18,7 +18,7 @@ from acestep_lora.basemodel import BaseModel
 from acestep_lora.conditioning import Conditioning
 from acestep_lora.data.cache import Cache, CacheError, Entry, read_upstream
 from acestep_lora.data.encode import AudioSettings, Encoder, Job, collect
-from acestep_lora.data.track import Scan, Track, read_dataset_json, scan
+from acestep_lora.data.track import Scan, Track, read_dataset_json, scan, write_dataset_json
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import FileHashes, digest
 from acestep_lora.randomness import generator, key
@@ -432,6 +432,10 @@ class LatentDataModule(L.LightningDataModule):
             songs.append(Song(track, entry, frozenset(tensors)))
         hashes.save()
         return songs
+
+    def write_json(self, path: Path, name: str = "untitled_dataset") -> None:
+        """The songs that are ready, as a dataset.json in upstream's schema."""
+        write_dataset_json([song.track for song in self.songs], path, name=name, genre_ratio=self.genre_ratio)
 
     # ------------------------------------------------------------ using it
 
