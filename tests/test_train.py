@@ -21,6 +21,7 @@ from acestep_lora.data.encode import stage
 from acestep_lora.dit import load_dit
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import FileHashes
+from acestep_lora.runs import open_run
 
 STEPS = ("trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=1")
 SAVE = ("save_every_n_steps=1", "keep_last=null")
@@ -323,3 +324,26 @@ def test_file_hashes_are_remembered_and_follow_the_file(tmp_path):
     assert again.known and again.file(file) == first
     file.write_bytes(b"three")
     assert again.file(file) != first
+
+
+def test_resume_finds_the_run_a_checkpoint_belongs_to(finished, tmp_path):
+    """By a checkpoint's path, and by `auto` among the runs of one name; what cannot be read is refused."""
+    _, folder = finished
+    third = checkpoint_folders(folder)[2]
+    run = open_run(tmp_path / "new", "demo", resume=str(third), overwrite=False, given=False)
+    assert (run.folder, run.checkpoint, run.step) == (folder, third / "state.ckpt", 3)
+    run = open_run(folder.with_name("later"), "demo", resume="auto", overwrite=False, given=False)
+    assert (run.folder, run.step) == (folder, 6)
+    run = open_run(tmp_path / "none" / "yet", "demo", resume="auto", overwrite=False, given=False)
+    assert (run.folder, run.checkpoint) == (tmp_path / "none" / "yet", None)
+    (tmp_path / "state.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        open_run(tmp_path / "new", "demo", resume=str(tmp_path / "state.ckpt"), overwrite=False, given=False)
+
+
+def test_overwrite_clears_what_a_run_left_and_nothing_else(tmp_path):
+    for name in ("checkpoints/epoch_0000-step_000001/state.ckpt", "adapter/a", "metrics.csv", "my_notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    open_run(tmp_path, "demo", resume=None, overwrite=True, given=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["my_notes.txt"]
