@@ -82,7 +82,7 @@ def check_fit(weights: Weights, dit: nn.Module, path: str | Path) -> None:
         there, here = ({key: tuple(t.shape) for key, t in state.items()} for state in (peft_state(weights), made))
         for key, _ in sorted(there.items() ^ here.items()):
             shapes = f"{there.get(key, 'missing')} in it and {here.get(key, 'missing')} here"
-            raise AdapterError(f"it was trained on another model, {to_upstream(key)} is {shapes}.")
+            raise AdapterError(f"it was trained on another model than model.path: {to_upstream(key)} is {shapes}.")
 
 
 def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale: float = 1.0) -> set[str]:

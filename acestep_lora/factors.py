@@ -210,7 +210,8 @@ def peft_settings(weights: Weights, rename: Callable[[str], str] = str) -> dict:
     """Arguments of the PEFT config that goes with `peft_state(weights, rename=rename)`."""
     settings = {**weights.settings, "target_modules": sorted(map(rename, weights.modules))}
     if weights.kind not in FOLDED:
-        return settings
+        patterns = [(name, value) for name, value in settings.items() if isinstance(value, dict)]
+        return settings | {name: {rename(module): r for module, r in value.items()} for name, value in patterns}
     ranks = {rename(module): rank(factors) for module, factors in weights.modules.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {module: r for module, r in ranks.items() if r != usual}

@@ -1,5 +1,6 @@
 """Inputs that tests make on the spot: songs, and a whole base model in upstream's layout unlike any released one."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import Qwen3Config, Qwen3Model
 
 from acestep_lora import cli
 from acestep_lora.naming import to_upstream
+
+gc.freeze()  # the libraries' own objects: looking through them after every stage would be most of the tests' time
 
 NANO = cli.ROOT / "data/models/nano"
 VARIANT = "acestep-v15-turbo"

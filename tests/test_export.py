@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lycoris import create_lycoris, create_lycoris_from_weights
 from peft import (
+    DeloraConfig,
     HRAConfig,
     LoHaConfig,
     LoKrConfig,
@@ -77,9 +78,9 @@ KINDS = {
     "loha": lambda **k: LoHaConfig(r=3, alpha=6, **k),
     "oft": lambda **k: OFTConfig(oft_block_size=8, **k),
 }
-CASES = [(kind, targets) for kind in ("lora", "rslora", "dora", "lokr", "loha") for targets in ("mlp", "vo")]
+CASES = [(kind, targets) for kind in ("lora", "dora", "lokr", "loha") for targets in ("mlp", "vo")]
 CASES += [(f"{kind}+pattern", "all") for kind in ("lora", "dora", "lokr", "loha")]
-CASES += [("oft", "vo"), ("lokr_full", "vo"), ("lokr_both", "vo")]
+CASES += [("rslora", "vo"), ("oft", "vo"), ("lokr_full", "vo"), ("lokr_both", "vo")]
 
 
 def save(folder, state, config, name="x", base=None, **options):
@@ -495,6 +496,9 @@ def test_a_failed_write_leaves_the_old_file(saved, trained, tmp_path, monkeypatc
     state, config, _ = trained(("lora", "vo"))
     save(tmp_path, state, config)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    (tmp_path / "plain").unlink()
 
     def fail(*_):
         raise OSError("disk full")
@@ -544,20 +548,25 @@ def test_adapter_stays_float32_on_a_bf16_model(trained, saved):
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items() if "lora_A" in key)
 
 
-def test_a_kind_of_peft_that_nothing_here_knows(inputs, base_weights, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "options"), [(HRAConfig, {}), (DeloraConfig, {"rank_pattern": {"layers.1.self_attn.to_q": 2}})]
+)
+def test_a_kind_of_peft_that_nothing_here_knows(kind, options, inputs, base_weights, tmp_path):
     """A YAML of another PEFT config: saved, read by PEFT and by us, approximated for ComfyUI."""
-    config = HRAConfig(r=4, init_weights=False, target_modules=names(["to_q"], ["down_proj"]))
-    dit = fresh()
+    config = kind(r=4, target_modules=names(["to_q"], ["down_proj"]), **options)
+    dit, generator = fresh(), torch.Generator().manual_seed(1)
     inject_adapter_in_model(config, dit, "default")
     for name, parameter in dit.named_parameters():
-        if ".hra_u" in name:
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        if ".default" in name:
+            torch.nn.init.normal_(parameter, generator=generator)
     expected = run(dit, inputs)
+    assert (expected - run(base(), inputs)).abs().max() > 0.05
     state = get_peft_model_state_dict(dit)
-    save(tmp_path, state, config, approximate="svd")
+    save(tmp_path, state, config, approximate=None if options else "svd")
     close(run(PeftModel.from_pretrained(upstream_decoder(), tmp_path).eval(), inputs), expected)
     close(applied(tmp_path, inputs), expected)
-    close(run(comfyui(base_weights, comfyui_file(tmp_path), None), inputs), expected)
+    if not options:
+        close(run(comfyui(base_weights, comfyui_file(tmp_path), None), inputs), expected)
 
 
 # ---------------------------------------------------------------- approximation
@@ -734,7 +743,7 @@ def test_adapter_of_another_model(tmp_path, inputs):
     state = load_file(GOLDENS / "adapters" / "lora_r4_a8" / "adapter_model.safetensors")
     deeper = {key.replace("layers.3.", "layers.30."): tensor for key, tensor in state.items()}
     save_file(deeper, tmp_path / "deeper.safetensors")
-    with pytest.raises(AdapterError, match="trained on another model, layers.30.*missing here"):
+    with pytest.raises(AdapterError, match="trained on another model than model.path: layers.30.*missing here"):
         applied(tmp_path / "deeper.safetensors", inputs)
     wider = {key: torch.cat([tensor, tensor], 1) if "lora_A" in key else tensor for key, tensor in state.items()}
     save_file(wider, tmp_path / "wider.safetensors")
