@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 import torch
 from diffusers import AceStepPipeline, AceStepTransformer1DModel, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from acestep_lora import basemodel
@@ -113,9 +114,13 @@ def negative(pipeline, request: Request) -> Iterator[None]:
 def generate(pipeline, request: Request) -> list[Tensor]:
     """Audio [2, samples] in [-1, 1] at the pipeline's rate, one per seed; noise is drawn on the CPU."""
     pipeline.set_progress_bar_config(desc="generating", leave=False)
+    # The noise is drawn here: the pipeline's own is a frame too long for some fractional durations (28 frames at 25 Hz)
+    frames = math.ceil(request.duration * pipeline.latents_per_second)
+    shape = (1, frames, pipeline.transformer.config.audio_acoustic_hidden_dim)
     clips = []
     with negative(pipeline, request):
         for seed in request.seeds:
+            generator = torch.Generator("cpu").manual_seed(seed)
             clips += pipeline(
                 prompt=request.prompt,
                 lyrics=INSTRUMENTAL if request.instrumental or not request.lyrics else request.lyrics,
@@ -127,7 +132,7 @@ def generate(pipeline, request: Request) -> list[Tensor]:
                 bpm=request.bpm,
                 keyscale=request.keyscale or None,
                 timesignature=request.timesignature or None,
-                generator=torch.Generator("cpu").manual_seed(seed),
+                latents=randn_tensor(shape, generator, pipeline.device, pipeline.transformer.dtype),
             ).audios
     return [clip.float().cpu() for clip in clips]
 

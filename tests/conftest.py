@@ -15,7 +15,7 @@ ROOT = cli.ROOT
 HERE = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # train.py and the other commands are scripts, not a package
 os.environ["WANDB_MODE"] = "disabled"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,6 +20,7 @@ from acestep_lora.data.encode import AudioSettings, Encoder, Job
 from acestep_lora.data.track import Track, scan
 from acestep_lora.hashes import FileHashes
 
+INFERENCE = Conditioning()
 TRACK = Track(id="a.wav", path=Path("a.wav"))
 TENSORS = {"latents.mean": torch.randn(5, 3), "latents.std": torch.rand(5, 3), "condition.caption": torch.randn(7, 4)}
 
@@ -225,7 +226,7 @@ def preprocess(nano, songs, monkeypatch):
         encode.TextPass, "predict_step", lambda self, i: passes["text"].append(self.jobs[i].track.id) or step(self, i)
     )
 
-    def go(base=nano, conditioning=Conditioning(), dtype=torch.float32) -> tuple[list[Job], int, list[str]]:  # noqa: B008
+    def go(base=nano, conditioning=INFERENCE, dtype=torch.float32) -> tuple[list[Job], int, list[str]]:
         for made in passes.values():
             made.clear()
         encoder = Encoder(base, Cache(songs / ".acestep"), conditioning, AudioSettings(), dtype)

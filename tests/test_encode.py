@@ -25,14 +25,15 @@ from acestep_lora.data.cache import Cache
 from acestep_lora.data.encode import AudioSettings, Encoder, TextPass, encode_windows, receptive_frames, stage
 from acestep_lora.data.track import Track, scan
 
+INFERENCE = Conditioning()
 UPSTREAM = Conditioning(lyric_header=False, lyric_tokens=512, padded=True, silence_timbre=False)
 
 
 @pytest.fixture(scope="module")
 def make(nano, tmp_path_factory):
-    """make(conditioning, tracks) -> the encoder and its jobs, all of them run."""
+    """make(tracks, conditioning) -> the encoder and its jobs, all of them run."""
 
-    def go(tracks, conditioning=Conditioning(), folder=None, dtype=torch.float32, workers=0, **audio):  # noqa: B008 - frozen
+    def go(tracks, conditioning=INFERENCE, folder=None, dtype=torch.float32, workers=0, **audio):
         folder = folder or tmp_path_factory.mktemp("cache")
         encoder = Encoder(nano, Cache(folder), conditioning, AudioSettings(**audio), dtype)
         jobs = encoder.jobs(tracks)
