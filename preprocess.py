@@ -21,10 +21,8 @@ def preprocess(cfg: DictConfig):
         dtype=hardware.dtype,
         timbre_token=cfg.model.timbre_token,
     )
-    data.encode(run=False)
-    known = len(data.songs)
     data.encode(**hardware.trainer_options())
-    print(f"{len(data.songs)} songs in {data.cache.folder}, {len(data.songs) - known} of them made now")
+    print(f"{len(data.songs)} songs in {data.cache.folder}, {data.made} of them made now")
     if cfg.prune:
         removed = data.cache.prune({song.entry.path for song in data.songs})
         print(f"{len(removed)} unused entries removed")

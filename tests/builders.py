@@ -92,7 +92,7 @@ def base_model(folder: Path, seed: int = 0) -> Path:
         modules = _modules(CONFIG)
         silence = torch.randn(1, 8, 900)
         AutoencoderOobleck(**VAE).save_pretrained(folder / "vae")
-        _text_encoder().save_pretrained(folder / "Qwen3-Embedding-0.6B")
+        text_encoder(CONFIG["text_hidden_dim"]).save_pretrained(folder / "Qwen3-Embedding-0.6B")
     shutil.copytree(NANO / "tokenizer", folder / "Qwen3-Embedding-0.6B", dirs_exist_ok=True)
     write_variant(folder / VARIANT, modules, CONFIG, silence)
     return folder
@@ -137,10 +137,11 @@ def _modules(config: dict) -> dict[str, torch.nn.Module]:
     }
 
 
-def _text_encoder() -> Qwen3Model:
+def text_encoder(hidden_size: int) -> Qwen3Model:
+    """A causal encoder of random weights for nano's tokenizer."""
     config = Qwen3Config(
         vocab_size=1024,
-        hidden_size=CONFIG["text_hidden_dim"],
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -7,7 +7,6 @@ import pytest
 import soundfile
 import torch
 from diffusers import AutoencoderOobleck
-from transformers import Qwen3Config, Qwen3Model
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,7 @@ def golden_model(tmp_path_factory, golden_variant):
         decoder_input_channels=64,
         decoder_channels=8,
     ).save_pretrained(folder / "vae")
-    config = Qwen3Config(
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    Qwen3Model(config).save_pretrained(folder / "Qwen3-Embedding-0.6B")
+    builders.text_encoder(32).save_pretrained(folder / "Qwen3-Embedding-0.6B")
     shutil.copytree(builders.NANO / "tokenizer", folder / "Qwen3-Embedding-0.6B", dirs_exist_ok=True)
     return folder
 

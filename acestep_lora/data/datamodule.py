@@ -216,6 +216,12 @@ class ValSongs(Songs):
         }
 
 
+def cut(draws: list[Draw], batch_size: int, world: int) -> list[list[Draw]]:
+    """Batches of consecutive draws, as many for each rank: an idle rank repeats an item at weight zero."""
+    batches = [draws[first : first + batch_size] for first in range(0, len(draws), batch_size)]
+    return batches + [[replace(draws[0], weight=0.0)]] * (-len(batches) % world)
+
+
 class EpochOrder(Sampler[list[Draw]]):
     """The batches of an epoch for one rank, a function of (seed, epoch) alone.
 
@@ -256,10 +262,7 @@ class EpochOrder(Sampler[list[Draw]]):
         for first in range(0, len(order), size):
             window = order[first : first + size]
             draws = [Draw(i, self.epoch, first + slot, slot, len(window)) for slot, i in enumerate(window)]
-            cut = [draws[i : i + self.batch_size] for i in range(0, len(draws), self.batch_size)]
-            while len(cut) % self.world:  # ranks step together: an idle one repeats an item at weight zero
-                cut.append([replace(draws[0], weight=0.0)])
-            dealt += cut
+            dealt += cut(draws, self.batch_size, self.world)
         return dealt
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -354,6 +357,7 @@ class LatentDataModule(L.LightningDataModule):
         self.bad: list[tuple[Path, str]] = list(self.scan.problems)
         self.remarks: dict[str, list[str]] = {}  # track id -> what was noticed while encoding
         self.songs: list[Song] | None = None
+        self.made = 0  # songs that `encode` added to the cache
 
     def _cache_folder(self, cache_dir: str | None) -> Path:
         if cache_dir:
@@ -394,12 +398,13 @@ class LatentDataModule(L.LightningDataModule):
             return 0
         encoder = Encoder(self.base, self.cache, self.conditioning, self.audio, self.dtype, self.timbre_token)
         jobs = encoder.jobs(self.scan.tracks)
-        missing = sum(not job.ready and not job.problem for job in jobs)
+        missing = [job for job in jobs if not job.ready and not job.problem]
         if run and missing:
-            log.info("%d of %d songs are not in the cache yet", missing, len(jobs))
+            log.info("%d of %d songs are not in the cache yet", len(missing), len(jobs))
             encoder.run(jobs, num_workers=self.num_workers, **trainer)
         self._take(jobs)
-        return missing
+        self.made = sum(job.ready for job in missing)
+        return len(missing)
 
     def _take(self, jobs: list[Job]) -> None:
         ready, bad = collect(jobs)
@@ -491,7 +496,5 @@ class LatentDataModule(L.LightningDataModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         longest_last = sorted(range(len(self.val_set.songs)), key=self.val_set.length)
         draws = [Draw(i, 0, 0, level, 0) for i in longest_last for level in range(len(VAL_TIMESTEPS))]
-        batches = [draws[i : i + self.batch_size] for i in range(0, len(draws), self.batch_size)]
-        while len(batches) % world:
-            batches.append([replace(draws[0], weight=0.0)])
-        return DataLoader(self.val_set, batch_sampler=batches[rank::world], **self._loader_options())
+        batches = cut(draws, self.batch_size, world)[rank::world]
+        return DataLoader(self.val_set, batch_sampler=batches, **self._loader_options())

@@ -13,7 +13,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import lightning as L
@@ -89,8 +89,7 @@ class Encoder:
     def _job(self, track: Track) -> Job:
         job = Job(track)
         try:
-            settings = {"max_duration": self.audio.max_duration, "normalize": self.audio.normalize}
-            job.audio_key = audio_key(self.files.file(track.path), self.vae_hash, settings)
+            job.audio_key = audio_key(self.files.file(track.path), self.vae_hash, asdict(self.audio))
         except OSError as error:
             job.problem = f"cannot be read ({error.strerror})"
             return job
@@ -188,15 +187,14 @@ class SpoolDataset(Dataset):
 
     def __init__(self, encoder: Encoder, jobs: list[Job]) -> None:
         self.paths = [job.track.path for job in jobs]
-        self.rate, self.folder, self.settings = encoder.base.sample_rate, encoder.cache.folder, encoder.audio
+        self.rate, self.folder, self.settings = encoder.base.sample_rate, encoder.cache.folder, asdict(encoder.audio)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[int, Spool | str]:
         try:
-            settings = {"max_duration": self.settings.max_duration, "normalize": self.settings.normalize}
-            return i, spool(self.paths[i], self.rate, self.folder, **settings)
+            return i, spool(self.paths[i], self.rate, self.folder, **self.settings)
         except AudioError as error:
             return i, str(error)
 
