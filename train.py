@@ -23,7 +23,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import loggers, reports, runs
+    from acestep_lora import loggers, plan, reports, runs
     from acestep_lora.hashes import FileHashes
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
@@ -43,7 +43,14 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
-        module = instantiate(cfg.module, _partial_=True)(base, dtype=hardware.dtype, recompute=hardware.recompute)
+        longest = max((track.duration for track in data.scan.tracks), default=None)
+        module = instantiate(cfg.module, _partial_=True)(
+            base,
+            dtype=hardware.dtype,
+            recompute=plan.choose(plan.job_of(cfg, hardware, base, longest)),
+            attention=hardware.attention,
+            compile=hardware.compile,
+        )
         kept = runs.callbacks(cfg, run, metadata, length)
         options = hardware.trainer_options() | {"precision": hardware.resolved_precision()}
         trainer = instantiate(

@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from acestep_lora.errors import UserError
-from acestep_lora.naming import ATTENTION, MLP, to_diffusers
+from acestep_lora.layers import cheapen
+from acestep_lora.naming import ATTENTION, MLP, NAME, to_diffusers
 
 log = logging.getLogger(__name__)
 
-NAME = "default"
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take part of the base weight into the adapter."""
 
@@ -119,6 +119,7 @@ class Adapter:
         adapted = {name for name, module in dit.named_modules() if isinstance(module, BaseTunerLayer)}
         if adapted != wanted:
             raise AdapterError(f"The adapted modules differ from those asked for, first {sorted(adapted ^ wanted)[0]}.")
+        cheapen(dit)
         count = 0
         for name, parameter in dit.named_parameters():
             if f".{NAME}" in name and parameter.requires_grad:
@@ -128,6 +129,8 @@ class Adapter:
         return count
 
     def _say(self, dit: nn.Module, adapted: set[str], count: int) -> None:
+        if next(dit.parameters()).is_meta:
+            return  # only planned
         kind = dit.peft_config[NAME].peft_type.value
         log.info("%s on %d modules, %s trainable parameters", kind, len(adapted), f"{count:,}")
         full = [name for name, module in dit.named_modules() if name.endswith("lokr_w2")]
@@ -166,9 +169,17 @@ def parse_layers(layers: str | int | None, depth: int) -> list[int]:
 def check_factor(config: PeftConfig, dit: nn.Module) -> None:
     """PEFT and LyCORIS order LoKR factors above the root of a dimension differently: such an adapter cannot travel."""
     factor = getattr(config, "decompose_factor", -1)
-    sides = [side for name in config.target_modules for side in dit.get_submodule(name).weight.shape]
+    layers = [dit.get_submodule(name) for name in config.target_modules]
+    sides = [side for layer in layers for side in (layer.in_features, layer.out_features)]
     if factor**2 > min(sides):
         raise AdapterError(f"adapter.factor={factor} is too large here: its square must not exceed {min(sides)}.")
+
+
+def cast_by_autocast(dit: nn.Module, on: bool) -> None:
+    """Leave casting to autocast, where it is on: PEFT would make float32 copies of every adapted module's input."""
+    for module in dit.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = not on
 
 
 def state(dit: nn.Module) -> dict[str, Tensor]:

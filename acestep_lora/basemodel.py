@@ -305,17 +305,23 @@ def _optional(folder: Path) -> Path | None:
 # ---------------------------------------------------------------- the frozen parts
 
 
-def build(cls: type, folder: str | Path, component: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    """A diffusers class with the weights of one component: decoder, encoder, tokenizer or detokenizer."""
+def accepted_config(folder: str | Path, cls: type, component: str) -> dict:
+    """What a folder's config says of one component, as the arguments that its class takes."""
     folder = Path(folder)
     config = read_config(folder)
     if _is_original(folder) and component != "decoder":
         config = _encoder_config(config)
         config.pop("layer_types", None)  # the decoder's; encoder, tokenizer and detokenizer alternate on their own
-    accepted = inspect.signature(cls.__init__).parameters
+    return {name: config[name] for name in inspect.signature(cls.__init__).parameters if name in config}
+
+
+def build(cls: type, folder: str | Path, component: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """A diffusers class with the weights of one component: decoder, encoder, tokenizer or detokenizer."""
+    folder = Path(folder)
     with torch.device("meta"):
-        module = cls(**{name: config[name] for name in accepted if name in config})
+        module = cls(**accepted_config(folder, cls, component))
     if component == "tokenizer":  # constants of the quantiser that no checkpoint stores
+        config = read_config(folder)
         quantizer = type(module.quantizer)(
             config["fsq_dim"], config["fsq_input_levels"], config["fsq_input_num_quantizers"]
         )

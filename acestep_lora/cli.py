@@ -32,6 +32,8 @@ _TOP_LEVEL = {
     "output_dir seed resume overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best sample "
     "comfyui_dora ema module",
     "preprocess": "dataset model conditioning hardware seed prune output",
+    "annotate": "dataset model hardware tempo_key transcriber structure captioner policy dry_run report",
+    "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",
     "generate": "model hardware adapter prompt lyrics duration bpm keyscale timesignature language instrumental "
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
     "export": "model adapter format output name approximate tolerance max_rank comfyui_dora",

@@ -5,10 +5,15 @@ string by string with diffusers' AceStepPipeline. The official trainer departs f
 without header, padded to 769 tokens, zeros for timbre); `Conditioning` can reproduce that for comparison.
 """
 
-from dataclasses import dataclass
+import re
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from acestep_lora.errors import UserError
 
 TEXT2MUSIC = "Fill the audio semantic mask based on the given conditions:"
 COVER = "Generate audio semantic tokens based on the given conditions:"
@@ -16,6 +21,9 @@ COVER = "Generate audio semantic tokens based on the given conditions:"
 _PROMPT = "# Instruction\n{instruction}\n\n# Caption\n{caption}\n\n# Metas\n{metas}<|endoftext|>\n"
 _METAS = "- bpm: {bpm}\n- timesignature: {timesignature}\n- keyscale: {keyscale}\n- duration: {duration} seconds\n"
 _LYRICS = "# Languages\n{language}\n\n# Lyric\n{lyrics}<|endoftext|>"
+
+_SENTENCE = re.compile(r"""[.!?…]["'”’)\]]*(?=\s)|[。！？][」』）]*""")
+_LINE, _WORD, _CHARACTER = re.compile("\n"), re.compile(r"\s"), re.compile(".", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,28 @@ class Conditioning:
     def lyrics(self, track) -> str:
         return _LYRICS.format(language=track.language, lyrics=track.lyrics) if self.lyric_header else track.lyrics
 
+    def fit_caption(self, track, caption: str, instruction: str, duration: float, count: Callable[[str], int]) -> str:
+        """As much of `caption` as leaves tag, metas and end-of-text whole within `text_tokens`.
+
+        count: text -> tokens, with whatever the tokenizer adds. Raises UserError if the tag alone is too long.
+        """
+
+        def fits(text: str) -> bool:
+            return count(self.prompt(track, text, instruction, duration)) <= self.text_tokens
+
+        kept = shorten(caption, fits)
+        if not fits(kept):
+            raise UserError(f"custom_tag {track.custom_tag[:40]!r}... leaves no room for the metas: shorten it.")
+        return kept
+
+    def fit_lyrics(self, track, count: Callable[[str], int]) -> str:
+        """As many of the lyrics' lines as leave the end-of-text within `lyric_tokens`; inference would cut it off."""
+
+        def fits(text: str) -> bool:
+            return count(self.lyrics(replace(track, lyrics=text))) <= self.lyric_tokens
+
+        return shorten(track.lyrics, fits, (_LINE, _WORD, _CHARACTER))
+
     def variants(self, track) -> dict[str, tuple[str, str]]:
         """What a track can be trained on: variant -> (caption or genre, instruction)."""
         captions = {"caption": track.caption} | ({"genre": track.genre} if track.genre else {})
@@ -71,6 +101,25 @@ class Conditioning:
         prompts = {name: self.prompt(track, *variant, duration) for name, variant in self.variants(track).items()}
         limits = [self.text_tokens, self.lyric_tokens, self.padded, self.silence_timbre]
         return [prompts, self.lyrics(track), limits]
+
+
+def shorten(
+    text: str, fits: Callable[[str], bool], ends: tuple[re.Pattern, ...] = (_SENTENCE, _WORD, _CHARACTER)
+) -> str:
+    """`text` if it fits, else a beginning that does: whole sentences, else whole words, else characters.
+
+    The first of these that keeps at least half of what fits, so that "feat." or a short first sentence is not all that
+    is left. `fits` should be monotone; whatever it is, it holds for what is returned, except for "".
+    """
+    if fits(text):
+        return text
+    kept = [_longest(text, [match.end() for match in end.finditer(text)], fits) for end in ends]
+    return next(part for part in kept if 2 * len(part) >= max(map(len, kept)))
+
+
+def _longest(text: str, stops: list[int], fits: Callable[[str], bool]) -> str:
+    count = bisect_left(stops, True, key=lambda stop: not fits(text[:stop].rstrip()))
+    return text[: stops[count - 1]].rstrip() if count else ""
 
 
 def silence_context(silence: Tensor, frames: int) -> Tensor:

@@ -14,7 +14,10 @@ from acestep_lora import adapters, basemodel, flow
 from acestep_lora.adapters import Adapter
 from acestep_lora.conditioning import hint_context, silence_context
 from acestep_lora.data.datamodule import VAL_TIMESTEPS, Batch
-from acestep_lora.dit import load_dit
+from acestep_lora.dit import AceStepDiT, load_dit
+from acestep_lora.quantize import check as check_quantize
+from acestep_lora.quantize import quantize as pack
+from acestep_lora.quantize import weight_of
 from acestep_lora.randomness import key
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ class FlowModule(L.LightningModule):
         optimizer: partial that takes parameters; scheduler: partial that takes (optimizer, total_steps), or None.
         dtype: of the frozen weights. Adapter and optimizer states are float32 whatever it is.
         recompute: how many layers drop their activations and compute them again in the backward pass.
+        attention: how the sliding layers compute, one of `attention.KINDS`; compile: compile each layer.
+        quantize: how the frozen weights are kept, one of `quantize.KINDS`.
     """
 
     strict_loading = False  # checkpoints hold what is trained; the base model's weights come from the base model
@@ -40,11 +45,16 @@ class FlowModule(L.LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
         dtype: torch.dtype = torch.float32,
         recompute: int = 0,
+        attention: str = "auto",
+        compile: bool = False,
+        quantize: str = "none",
         seed: int = 42,
         grad_norms_every_n_steps: int = 100,
     ) -> None:
         super().__init__()
-        self.base, self.adapter, self.dtype_frozen, self.recompute = base, adapter, dtype, recompute
+        check_quantize(quantize, adapter)
+        self.base, self.adapter, self.dtype_frozen, self.quantize = base, adapter, dtype, quantize
+        self.recompute, self.attention, self.compiled = recompute, attention, compile
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.grad_norms_every_n_steps, self.seed = grad_norms_every_n_steps, seed
         self.dit = None
@@ -55,14 +65,22 @@ class FlowModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.dit is not None:
             return
-        null, silence = basemodel.constants(self.base)
+        dit = load_dit(self.base.dit, dtype=self.dtype_frozen)
+        if self.quantize != "none":
+            pack(dit, self.quantize, self.trainer.strategy.root_device)
+        self.take(dit, *basemodel.constants(self.base))
+
+    def take(self, dit: AceStepDiT, null: Tensor, silence: Tensor) -> None:
+        """Make a frozen transformer trainable. null [d]: the condition of unconditional training; silence [s, c]."""
         self.register_buffer("null", null, persistent=False)
         self.register_buffer("silence", silence, persistent=False)
-        self.dit = load_dit(self.base.dit, dtype=self.dtype_frozen)
-        self.dit.recompute = frozenset(range(self.recompute))
+        dit.recompute, dit.kernel = frozenset(range(self.recompute)), self.attention
         torch.manual_seed(key(self.seed, "adapter"))  # not after whatever preprocessing happened to draw
-        self.adapter.inject(self.dit)
-        self.dit.train()
+        self.adapter.inject(dit)
+        adapters.cast_by_autocast(dit, self.dtype_frozen != torch.float32)
+        for layer in dit.layers if self.compiled else ():
+            layer.compile(dynamic=True)
+        self.dit = dit.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -83,6 +101,8 @@ class FlowModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict | Optimizer:
         optimizer = self.make_optimizer(list(self.trainable().values()))
+        # A fused optimizer would unscale float16 gradients inside its step, which is after they are clipped.
+        optimizer._step_supports_amp_scaling = False
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer, self.total_steps())
@@ -189,4 +209,4 @@ class FlowModule(L.LightningModule):
     def base_weight(self, module: str) -> Tensor:
         """The frozen weight under an adapted module, named in diffusers' terms."""
         layer = self.dit.get_submodule(module)
-        return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+        return weight_of(layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)

@@ -14,6 +14,8 @@ _PAIRS = (
     ("q_norm", "norm_q"),
     ("k_norm", "norm_k"),
 )
+NAME = "default"
+"""What PEFT calls the adapter that is trained."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 

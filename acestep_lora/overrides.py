@@ -18,11 +18,16 @@ import re
 from hydra.core.override_parser.types import Quote, QuotedString
 
 # Prose may contain anything, brackets and `${` included: `lyrics=[Instrumental]` is not a list.
-PROSE = frozenset({"prompt", "negative_prompt", "lyrics", "keyscale", "dataset.custom_tag"})
+PROSE = frozenset(
+    """
+    prompt negative_prompt lyrics keyscale dataset.custom_tag transcriber.prompt structure.prompt captioner.prompt
+    """.split()
+)
 PATHS = frozenset(
     """
     dataset.dir dataset.json dataset.cache_dir model.path model.parts_path adapter.path adapter.init_from
     adapter.rank_pattern output_dir output input resume runs name hydra.run.dir hydra.sweep.dir
+    transcriber.model transcriber.service.model captioner.service.model captioner.path captioner.base report
     """.split()
 )
 FREE_TEXT = PROSE | PATHS

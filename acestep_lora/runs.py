@@ -126,6 +126,7 @@ class Length:
 
     max_epochs: int
     max_steps: int
+    total_steps: int
     check_val_every_n_epoch: int
     save_every_n_epochs: int | None
     log_every_n_steps: int
@@ -144,7 +145,7 @@ def plan_length(cfg: DictConfig, tracks: int) -> Length:
     validate = trainer.check_val_every_n_epoch or max(1, expected // 40)
     save = cfg.save_every_n_epochs or (None if cfg.save_every_n_steps else max(1, expected // 10))
     total = steps if steps != -1 else epochs * steps_per_epoch
-    return Length(epochs, steps, validate, save, trainer.log_every_n_steps or min(10, max(1, total // 20)))
+    return Length(epochs, steps, total, validate, save, trainer.log_every_n_steps or min(10, max(1, total // 20)))
 
 
 def finished(run: Run, length: Length) -> bool:

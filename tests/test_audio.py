@@ -365,7 +365,7 @@ def test_silence_is_never_amplified(tmp_path):
 
 
 def test_normalisation_that_cannot_be_done_is_the_users_to_mend(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="normalize='rms'"):
+    with pytest.raises(UserError, match="normalize=rms"):
         spool(BAD / "ok.mp3", RATE, tmp_path, normalize="rms")
     monkeypatch.setitem(sys.modules, "pyloudnorm", None)
     with pytest.raises(UserError, match=r"acestep-lora\[lufs\]"):

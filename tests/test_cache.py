@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from acestep_lora import basemodel
 from acestep_lora.conditioning import Conditioning
-from acestep_lora.data import encode
+from acestep_lora.data import passes
 from acestep_lora.data.cache import Cache, CacheError, Entry, audio_key, read_upstream, safe_stem, text_key
 from acestep_lora.data.encode import AudioSettings, Encoder, Job
 from acestep_lora.data.track import Track, scan
@@ -41,7 +41,7 @@ def test_entries_give_back_what_was_written(tmp_path):
     stored(cache, "a" * 64, "b" * 64)
     entry = cache.find(TRACK, "a" * 64, "b" * 64)
     assert entry.path == tmp_path / "new folder" / f"a-{'a' * 16}{'b' * 16}.safetensors"
-    assert (entry.frames, entry.duration, sorted(entry.names())) == (5, 0.2, sorted(TENSORS))
+    assert (entry.frames, entry.duration, sorted(entry.names)) == (5, 0.2, sorted(TENSORS))
     assert all(torch.equal(entry.read(name), value) for name, value in TENSORS.items())
     assert torch.equal(entry.read("latents.mean", 1, 4), TENSORS["latents.mean"][1:4])
 
@@ -110,8 +110,19 @@ def test_a_write_that_fails_midway_leaves_the_old_entry(tmp_path):
     assert entry.path.read_bytes() == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_entries_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert stored(Cache(tmp_path), "a" * 64).path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(CacheError, match="choose dataset.cache_dir"):
+        Cache(tmp_path / "file" / "cache").create()
     with pytest.raises(CacheError, match="choose dataset.cache_dir"):
         stored(Cache(tmp_path / "file" / "cache"), "a" * 64)
 
@@ -217,23 +228,23 @@ def songs(tmp_path) -> Path:
 @pytest.fixture
 def preprocess(nano, songs, monkeypatch):
     """preprocess() -> its jobs and the names of the songs whose VAE and text passes were run for it."""
-    passes = {"vae": [], "text": []}
-    windows, step = encode.encode_windows, encode.TextPass.predict_step
+    made = {"vae": [], "text": []}
+    windows, step = passes.encode_windows, passes.TextPass.predict_step
     monkeypatch.setattr(
-        encode, "encode_windows", lambda vae, audio: passes["vae"].append(audio.frames) or windows(vae, audio)
+        passes, "encode_windows", lambda vae, audio: made["vae"].append(audio.frames) or windows(vae, audio)
     )
     monkeypatch.setattr(
-        encode.TextPass, "predict_step", lambda self, i: passes["text"].append(self.jobs[i].track.id) or step(self, i)
+        passes.TextPass, "predict_step", lambda self, i: made["text"].append(self.jobs[i].track.id) or step(self, i)
     )
 
     def go(base=nano, conditioning=INFERENCE, dtype=torch.float32) -> tuple[list[Job], int, list[str]]:
-        for made in passes.values():
-            made.clear()
+        for names in made.values():
+            names.clear()
         encoder = Encoder(base, Cache(songs / ".acestep"), conditioning, AudioSettings(), dtype)
         jobs = encoder.jobs(scan(songs).tracks)
         encoder.run(jobs, accelerator="cpu", devices=1)
         assert all(job.ready for job in jobs)
-        return jobs, len(passes["vae"]), sorted(passes["text"])
+        return jobs, len(made["vae"]), sorted(made["text"])
 
     return go
 

@@ -1,5 +1,7 @@
 """Cached songs -> batches: every item once, the same whatever cuts the epoch, and nothing seen that is padding."""
 
+import json
+import pickle
 import shutil
 from collections import Counter
 from dataclasses import fields, replace
@@ -7,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from builders import VARIANT, base_model, write_songs
 from hydra.utils import instantiate
@@ -17,19 +21,14 @@ from torch import Tensor
 
 from acestep_lora import basemodel
 from acestep_lora.conditioning import Conditioning
-from acestep_lora.data.cache import Cache, Entry
-from acestep_lora.data.datamodule import (
-    VAL_TIMESTEPS,
-    Batch,
-    DatasetError,
-    Draw,
-    EpochOrder,
-    LatentDataModule,
-    ResumableLoader,
-    Song,
-    TrainSongs,
-    collate,
-)
+from acestep_lora.data import datamodule
+from acestep_lora.data.cache import Cache, CacheError, Entry
+from acestep_lora.data.datamodule import DatasetError, LatentDataModule, ResumableLoader
+from acestep_lora.data.draws import Draw, EpochOrder
+from acestep_lora.data.encode import Encoder, Job
+from acestep_lora.data.fields import INSTRUMENTAL
+from acestep_lora.data.items import VAL_TIMESTEPS, Batch, Song, TrainSongs, collate
+from acestep_lora.data.passes import TextPass
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
 from acestep_lora.module import FlowModule
@@ -43,8 +42,8 @@ ALONE = SimpleNamespace(global_rank=0, world_size=1)
 
 def unread_song(i: int, frames: int, repeat: int = 1, audio: str = "") -> Song:
     """A song whose tensors nobody reads."""
-    entry = Entry(Path(f"{i}"), {"frames": str(frames), "duration": "1", "audio_key": audio or str(i)})
-    return Song(Track(id=f"{i}", path=Path(f"{i}"), repeat=repeat), entry, frozenset())
+    entry = Entry(Path(f"{i}"), {"frames": str(frames), "duration": "1", "audio_key": audio or str(i)}, frozenset())
+    return Song(Track(id=f"{i}", path=Path(f"{i}"), repeat=repeat), entry)
 
 
 def train_songs(songs: list[Song], seed: int = 0, **options) -> TrainSongs:
@@ -65,7 +64,7 @@ def songs(tmp_path_factory) -> list[Song]:
         track = Track(id=f"song {i}", path=Path(f"song {i}.wav"))
         header = {"audio_key": f"{i}" * 64, "duration": f"{frames / 25}", "frames": f"{frames}"}
         entry = cache.write(cache.path(track, header["audio_key"]), tensors, header)
-        made.append(Song(track, entry, frozenset(entry.names())))
+        made.append(Song(track, entry))
     return made
 
 
@@ -164,6 +163,15 @@ def test_the_partial_window_may_hold_any_song():
     assert set(last) == set(range(10)) and max(last.values()) < 80  # each in about 40
 
 
+@given(datasets, cuts)
+def test_padding_is_that_of_the_batches(songs, cut):
+    dataset = train_songs(songs)
+    lengths = [[dataset.length(draw.track) for draw in batch] for rank in epoch(dataset, cut) for batch in rank]
+    padded = sum(max(batch) - length for batch in lengths for length in batch)
+    expected = padded / (padded + sum(map(sum, lengths)))
+    assert EpochOrder(dataset, *cut[:2], 0, cut[2]).padding() == pytest.approx(expected)
+
+
 def test_crops_make_long_songs_alike():
     dataset = train_songs([unread_song(0, 10), unread_song(1, 99)], crop_frames=25)
     assert [dataset.length(0), dataset.length(1)] == [10, 25]
@@ -197,7 +205,7 @@ def test_latents_are_samples_of_the_posterior(tmp_path):
     track = Track(id="a", path=Path("a.wav"))
     header = {"audio_key": "a", "duration": "2", "frames": "50"}
     entry = Cache(tmp_path).write(tmp_path / "a.safetensors", tensors, header)
-    dataset = train_songs([Song(track, entry, frozenset(tensors))])
+    dataset = train_songs([Song(track, entry)])
     items = [dataset[draw] for draw in draws(0, 100)]
     samples, noise = (torch.cat([item[name] for item in items]) for name in ("latents", "noise"))
     assert ((samples.mean(0) - mean[0]).abs() < 4 * std[0] / 5000**0.5).all()
@@ -270,7 +278,7 @@ def test_hints_come_with_their_own_conditions(songs):
 
 
 def test_songs_without_hints_are_trained_without(songs):
-    bare = [replace(song, names=song.names - {"hints"}) for song in songs]
+    bare = [replace(song, entry=replace(song.entry, names=song.entry.names - {"hints"})) for song in songs]
     assert all(train_songs(bare, lm_hints=1.0)[draw]["hints"] is None for draw in draws(0, 20))
 
 
@@ -387,6 +395,136 @@ def test_a_finished_epoch_is_not_continued(songs):
     batches = list(first)
     second.load_state_dict(first.state_dict())
     assert len(list(second)) == len(batches)
+
+
+# ---------------------------------------------------------------- memory or disk
+
+
+def test_items_do_not_depend_on_where_they_are_read_from(songs):
+    held = [replace(song, entry=song.entry.in_memory()) for song in songs]
+    options = {"crop_frames": 8, "lm_hints": 0.5, "genre_ratio": 50}
+    for draw in [*draws(2, 20), *draws(0, 5)]:
+        assert same(train_songs(songs, **options)[draw], train_songs(held, **options)[draw])
+
+
+def test_spawned_workers_are_not_sent_the_cache(songs):
+    held = songs[4].entry.in_memory()
+    sent = pickle.loads(pickle.dumps(held))
+    assert held.tensors and sent == songs[4].entry and sent.tensors is None
+    assert torch.equal(sent.read("latents.mean"), held.tensors["latents.mean"])
+
+
+@pytest.mark.parametrize("preload, share, held", [("auto", 0.25, True), ("auto", 0, False), (True, 0, True)])
+def test_a_cache_that_fits_is_held_in_memory(make, folder, monkeypatch, preload, share, held):
+    monkeypatch.setattr(datamodule, "PRELOAD_SHARE", share)
+    data = ready(make(dir=str(folder), preload=preload))
+    assert {song.entry.tensors is not None for song in data.train_set.songs} == {held}
+    assert ready(make(dir=str(folder), preload=False)).songs[0].entry.tensors is None
+
+
+def test_an_entry_that_goes_away_is_told(songs, tmp_path):
+    path = shutil.copy(songs[2].entry.path, tmp_path)
+    dataset = train_songs([replace(songs[2], entry=replace(songs[2].entry, path=Path(path)))])
+    shutil.copy(songs[1].entry.path, path)
+    with pytest.raises(CacheError, match="was replaced by another song's entry"):
+        dataset[Draw(0, 0, 0, 0, 1)]
+    for damage in (lambda: Path(path).write_bytes(b"damaged"), Path(path).unlink):
+        damage()
+        with pytest.raises(CacheError, match=r"is gone or damaged .*: start again"):
+            dataset[Draw(0, 0, 0, 0, 1)]
+
+
+# ---------------------------------------------------------------- windows with words of their own
+
+LYRICS = "[Verse]\nfirst line\nsecond line\n[Chorus]\nthird line"
+
+
+@pytest.fixture(scope="module")
+def sung(tmp_path_factory) -> Path:
+    """Six songs of four seconds, sung alike: lines at 0.2-0.8, 1.2-1.8 and 3.2-3.8 s. The last has no times."""
+    folder = tmp_path_factory.mktemp("sung")
+    rng = np.random.default_rng(0)
+    lines = [{"start": i + 0.2, "end": i + 0.8, "text": text} for i, text in ((0, "first line"), (1, "second line"))]
+    lines.append({"start": 3.2, "end": 3.8, "text": "third line"})
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", rng.normal(0, 0.1, (64000, 2)), 16000)
+        (folder / f"{i}.lyrics.txt").write_text(LYRICS, encoding="utf-8")
+        (folder / f"{i}.caption.txt").write_text("humming", encoding="utf-8")
+        if i < 5:
+            (folder / f"{i}.lyrics.json").write_text(json.dumps({"language": "en", "lines": lines}), encoding="utf-8")
+    return folder
+
+
+def told(data: LatentDataModule, lyrics: str, seconds: float, track: Track) -> Tensor:
+    """The condition of a song that is these lyrics and this long."""
+    language = "unknown" if lyrics == INSTRUMENTAL else track.language
+    module = TextPass.load(Encoder(data.base, data.cache, data.conditioning, data.audio, data.dtype), [])
+    with torch.inference_mode():
+        song = replace(track, lyrics=lyrics, language=language)
+        return dict(module._conditions(Job(track), song, seconds))["condition.caption"]
+
+
+def test_the_words_follow_the_crop(make, sung):
+    """Crops of one second every half second: each has the condition of a song that is just that second."""
+    data = ready(make(dir=str(sung), crop_seconds=1.0, crop_lyrics=True, val_fraction=0.4))
+    texts = {  # first frame of 25 a second -> what is sung in the second from there
+        0: "[Verse]\nfirst line",
+        12: "[Verse]\nfirst line\nsecond line",
+        24: "[Verse]\nsecond line",
+        36: "[Verse]\nsecond line",
+        48: INSTRUMENTAL,
+        60: "[Chorus]\nthird line",
+        72: "[Chorus]\nthird line",
+        75: "[Chorus]\nthird line",
+    }
+    timed = next(i for i, song in enumerate(data.train_set.songs) if song.track.id != "5.wav")
+    song, seen = data.train_set.songs[timed], set()
+    expected = {start: told(data, text, 1.0, song.track) for start, text in texts.items()}
+    mean = song.entry.read("latents.mean")
+    for draw in draws(timed, 60):
+        item = data.train_set[draw]
+        start = next(start for start in texts if close_to(item["latents"], mean[start : start + 25], song))
+        torch.testing.assert_close(item["condition"], expected[start], rtol=0, atol=1e-5)
+        seen.add(start)
+    assert seen == set(texts)
+    assert sorted(name for name in song.entry.names if "@" in name) == [f"condition.caption@{i}" for i in range(5)]
+    held_out = next(i for i, song in enumerate(data.val_set.songs) if song.track.id != "5.wav")
+    condition = data.val_set[Draw(held_out, 0, 0, 2, 0)]["condition"]
+    assert any(len(condition) == len(states) and torch.allclose(condition, states) for states in expected.values())
+
+
+def close_to(latents: Tensor, mean: Tensor, song: Song) -> bool:
+    return latents.shape == mean.shape and bool((latents - mean).abs().max() < 8 * song.entry.read("latents.std").max())
+
+
+def test_without_times_the_duration_follows_the_crop(make, sung):
+    data = ready(make(dir=str(sung), crop_seconds=1.0, crop_lyrics=True))
+    song = next(song for song in data.songs if song.track.id == "5.wav")
+    assert song.windows == [0] * 8
+    expected = told(data, LYRICS, 1.0, song.track)
+    torch.testing.assert_close(song.entry.read("condition.caption@0"), expected, rtol=0, atol=1e-5)
+
+
+def test_other_windows_and_other_times_make_other_conditions_alone(make, sung, tmp_path):
+    shutil.copytree(sung, tmp_path / "songs", ignore=shutil.ignore_patterns(".acestep"))
+
+    def latents_and_made(**options) -> tuple[Tensor, int, Path]:
+        data = ready(make(dir=str(tmp_path / "songs"), **options))
+        return data.songs[0].entry.read("latents.mean"), data.made, data.songs[0].entry.path
+
+    cut = {"crop_seconds": 1.0, "crop_lyrics": True}
+    first, made, path = latents_and_made(**cut)
+    assert made == 6 and latents_and_made(**cut)[1] == 0
+    found = [latents_and_made(**cut | {"crop_seconds": 2.0}), latents_and_made(crop_seconds=1.0)]
+    document = {"lines": [{"start": 2.2, "end": 2.8, "text": "first line"}]}
+    (tmp_path / "songs/0.lyrics.json").write_text(json.dumps(document), encoding="utf-8")
+    found.append(latents_and_made(**cut))
+    assert [made for _, made, _ in found] == [6, 6, 1]
+    assert len({path, *(each for *_, each in found)}) == 4
+    assert all(torch.equal(latents, first) for latents, *_ in found)
+    (tmp_path / "songs/0.lyrics.json").write_text("{broken", encoding="utf-8")
+    data = ready(make(dir=str(tmp_path / "songs"), **cut))
+    assert len(data.songs) == 6 and data.remarks["0.wav"][0].startswith("line times are not used: ")
 
 
 # ---------------------------------------------------------------- the data module
@@ -522,8 +660,21 @@ def test_no_songs(make, tmp_path):
 
 
 def test_batches_of_nothing(make, folder):
-    with pytest.raises(ValueError, match="dataset.batch_size must be at least 1, got 0"):
+    with pytest.raises(UserError, match="dataset.batch_size must be at least 1, got 0"):
         make(dir=str(folder), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"normalize": "rms"}, "dataset.normalize=rms is unknown"),
+        ({"preload": "maybe"}, "dataset.preload=maybe is none of auto, true, false"),
+        ({"crop_lyrics": True}, "dataset.crop_lyrics needs audio and crops"),
+    ],
+)
+def test_settings_are_refused_before_any_work(make, folder, options, message):
+    with pytest.raises(UserError, match=message):
+        make(dir=str(folder), **options)
 
 
 BAD = ("text_renamed.wav", "head_only.mp3", "one_sample.wav", "header_only.wav", "short_0_1s.wav")
@@ -553,8 +704,22 @@ def test_bad_songs_beside_good_ones(make, folder, tmp_path):
     assert len(list(data.train_dataloader())) == 4
     before = sorted((tmp_path / ".acestep").glob("*.safetensors"))
     again = make(dir=str(tmp_path))
-    assert again.encode(accelerator="cpu", devices=1) == len(BAD)  # tried again, as they may have been mended
+    assert again.encode(accelerator="cpu", devices=1) == 0  # known, and listed all the same
+    assert again.bad == data.bad
     assert sorted((tmp_path / ".acestep").glob("*.safetensors")) == before
+    shutil.copy(folder / "song_5.wav", tmp_path / BAD[0])  # mended
+    mended = make(dir=str(tmp_path))
+    assert mended.encode(accelerator="cpu", devices=1) == 1 and len(mended.bad) == len(BAD) - 1
+
+
+def test_bad_songs_do_not_stop_several_devices(make, folder, tmp_path):
+    shutil.copy(HERE / "bad_audio" / BAD[0], tmp_path)
+    shutil.copy(folder / "song_0.wav", tmp_path)
+    make(dir=str(tmp_path)).encode(accelerator="cpu", devices=1)
+    data = make(dir=str(tmp_path))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2)
+    data.prepare_data()
+    assert [song.track.id for song in data.songs] == ["song_0.wav"] and len(data.bad) == 1
 
 
 def test_several_devices_want_songs_encoded_before(make, folder, tmp_path):
@@ -625,7 +790,7 @@ def test_another_base_model_all_the_way(configure, tmp_path, conditioning):
     assert [song.entry.frames for song in data.songs] == [int(duration * 20) for duration in durations]
     assert [song.entry.read("latents.mean").shape[1] for song in data.songs] == [8] * 5
     assert data.songs[0].entry.read("condition.caption").shape[1] == 64
-    assert ("hints" in data.songs[0].names) == bool(conditioning.lm_hints)
+    assert ("hints" in data.songs[0].entry.names) == bool(conditioning.lm_hints)
     (batch,) = data.train_dataloader()
     assert batch.latents.shape == (4, max(batch.frames), 8) and max(batch.frames) <= 30
     module = FlowModule(base, instantiate(configure("train", "adapter.r=4").adapter), optimizer=torch.optim.AdamW)

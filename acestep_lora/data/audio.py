@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,14 @@ def probe(path: str | Path) -> float:
     return info.duration if info.frames < UNKNOWN_LENGTH else 0.0
 
 
+def check_normalize(normalize: str | None) -> None:
+    """Raises UserError for a normalisation that is unknown or whose library is missing."""
+    if normalize not in (None, "peak", "lufs"):
+        raise UserError(f"dataset.normalize={normalize} is unknown; use null, peak or lufs.")
+    if normalize == "lufs" and find_spec("pyloudnorm") is None:
+        raise UserError('dataset.normalize=lufs needs pyloudnorm: pip install "acestep-lora[lufs]".')
+
+
 def spool(
     path: str | Path, rate: int, folder: str | Path, *, max_duration: float | None = None, normalize: str | None = None
 ) -> Spool:
@@ -97,8 +106,7 @@ def spool(
     -1 dBFS) or "lufs" (ITU-R BS.1770 integrated loudness of -14 LUFS, the peak held at or below -1 dBFS; takes the song
     into memory). Raises AudioError for a song that cannot be used; no file is left then.
     """
-    if normalize not in (None, "peak", "lufs"):
-        raise UserError(f"normalize={normalize!r} is unknown; use null, peak or lufs.")
+    check_normalize(normalize)
     path, problems = Path(path), []
     limit = math.inf if max_duration is None else round(max_duration * rate)
     frames, low, high = 0, math.inf, -math.inf
@@ -132,10 +140,8 @@ def _gain(song: Spool, peak: float, normalize: str, problems: list[str]) -> floa
     ceiling = 10 ** (TARGET_DB / 20) / peak
     if normalize == "peak":
         return ceiling
-    try:
-        import pyloudnorm
-    except ModuleNotFoundError:
-        raise UserError('normalize=lufs needs pyloudnorm: pip install "acestep-lora[lufs]".') from None
+    import pyloudnorm
+
     loudness = max(-70.0, pyloudnorm.Meter(song.rate).integrated_loudness(song.read()))  # -70: its gate
     wanted = 10 ** ((TARGET_LUFS - loudness) / 20)
     if wanted > ceiling:

@@ -1,24 +1,28 @@
 """Cached songs: one safetensors file each, found by key.
 
 `<stem>-<audio key><text key>.safetensors` holds `latents.mean`, `latents.std` [T, C], `condition.<variant>` [L, D]
-without padding and, for LM hints, `hints` [T, C]. The two keys say what each half was made from, so a changed caption
-or another base model re-encodes text only: the latents are lent by any entry with the same audio key.
+without padding and, for LM hints, `hints` [T, C]. Of a song in windows there is one `condition.<variant>@<i>` for each
+different text, and the header's `windows` lists the i of every window. The two keys say what each half was made from,
+so a changed caption or another base model re-encodes text only: any entry with the same audio key lends its latents.
 `<stem>-<audio key>.safetensors`, latents alone, is what an interrupted run leaves to lend from.
 """
 
 import json
 import re
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
-from acestep_lora.hashes import digest, replacing
+from acestep_lora.hashes import digest, write_atomic
 
 _KEY = 16  # hex digits of each key in a file name; the header has them whole
 
@@ -29,10 +33,15 @@ class CacheError(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached song. Tensors are read from disk when asked for, and only the bytes asked for."""
+    """One cached song. Tensors are read from disk when asked for, and only the bytes asked for, or kept in memory."""
 
     path: Path
     header: dict[str, str]
+    names: frozenset[str]
+    tensors: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self):
+        return Entry, (self.path, self.header, self.names)  # a spawned worker reads for itself
 
     @property
     def duration(self) -> float:
@@ -43,25 +52,42 @@ class Entry:
     def frames(self) -> int:
         return int(self.header["frames"])
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start to stop of a tensor [n, d]."""
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_slice(name)[start:stop]
+    @contextmanager
+    def reader(self) -> Iterator[Callable[..., Tensor]]:
+        """`read(name, start=0, stop=None)` -> rows of a tensor [n, d]; the file is opened once for all of them.
 
-    def names(self) -> list[str]:
-        with safe_open(self.path, framework="pt") as file:
-            return list(file.keys())
+        Raises CacheError when the file is not what it was.
+        """
+        if self.tensors is not None:
+            yield lambda name, start=0, stop=None: self.tensors[name][start:stop]
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = file.metadata() or {}
+                if any(header.get(key) != self.header.get(key) for key in ("audio_key", "text_key", "frames")):
+                    raise CacheError(f"{self.path} was replaced by another song's entry: start again.")
+                yield lambda name, start=0, stop=None: file.get_slice(name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{self.path} is gone or damaged ({error}): start again, it will be made anew.") from None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        with self.reader() as read:
+            return read(name, start, stop)
+
+    def in_memory(self) -> "Entry":
+        with self.reader() as read:
+            return replace(self, tensors={name: read(name) for name in self.names})
 
     @staticmethod
     def open(path: Path) -> "Entry | None":
         """The entry at `path`, or None when there is none or it is not whole."""
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                whole = {"latents.mean", "latents.std"} <= set(file.keys())
+                header, names = file.metadata() or {}, frozenset(file.keys())
         except (OSError, SafetensorError):
             return None
-        return Entry(path, header) if whole and {"audio_key", "duration", "frames"} <= header.keys() else None
+        whole = {"latents.mean", "latents.std"} <= names and {"audio_key", "duration", "frames"} <= header.keys()
+        return Entry(path, header, names) if whole else None
 
 
 def audio_key(file_hash: str, vae_hash: str, settings: dict) -> str:
@@ -87,6 +113,17 @@ class Cache:
 
     def path(self, track: Track, audio: str, text: str = "") -> Path:
         return self.folder / f"{safe_stem(track.path)}-{audio[:_KEY]}{text[:_KEY]}.safetensors"
+
+    def create(self) -> None:
+        """Make the folder. Raises CacheError where nothing can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: Exception) -> CacheError:
+        return CacheError(f"Cannot write to {self.folder} ({error}): choose dataset.cache_dir=...")
 
     def find(self, track: Track, audio: str, text: str) -> Entry | None:
         """The complete entry, if both keys match."""
@@ -116,13 +153,12 @@ class Cache:
     def write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Entry:
         """Write an entry under a temporary name, then move it into place: a file with a final name is always whole."""
         try:
-            with replacing(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"Cannot write to {self.folder} ({error}): choose dataset.cache_dir=...") from None
+            write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+        except OSError as error:
+            raise self._refused(error) from None
         if self._lenders is not None:
             self._lenders.setdefault(header["audio_key"][:_KEY], []).append(path)
-        return Entry(path, header)
+        return Entry(path, header, frozenset(tensors))
 
     def prune(self, wanted: set[Path]) -> list[Path]:
         """Remove every entry that is not wanted, and what interrupted writes left behind."""

@@ -194,7 +194,7 @@ def _orphans(files: Mapping[str, Path], stems: set[str]) -> Problems:
     return [
         (path, "belongs to no audio file")
         for name, path in files.items()
-        for suffix in (".lyrics.txt", ".caption.txt", ".lrc")
+        for suffix in (".lyrics.txt", ".lyrics.json", ".caption.txt", ".lrc")
         if name.endswith(suffix) and name.removesuffix(suffix) not in stems
     ]
 

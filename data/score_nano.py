@@ -1,0 +1,132 @@
+"""Does nano play what its prompt asks for? python data/score_nano.py --model FOLDER [--clips 64] [--steps 30]
+
+Prompts are those of unseen songs. The instrument is heard by a classifier trained on real songs as the VAE renders
+them, the tempo by the estimator of annotate.py; both are scored on real songs too, and on shuffled prompts (chance).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from procedural import Truth, song  # noqa: E402
+from procedural.styles import LEADS  # noqa: E402
+from train_nano_vae import HOP, RATE, UNSEEN, reconstruct  # noqa: E402
+
+from acestep_lora import basemodel, generation  # noqa: E402
+from acestep_lora.annotate import tempo  # noqa: E402
+from acestep_lora.annotate.tempo_key import estimate  # noqa: E402
+
+LEARN = 20_000_000  # first seed of the classifier's songs
+
+
+def features(audio: np.ndarray) -> np.ndarray:
+    """Mean, spread and movement of 64 log-mel bands, [192], of audio [2, n]; loudness is taken out."""
+    mel = librosa.feature.melspectrogram(y=audio.mean(0), sr=RATE, n_fft=1024, hop_length=256, n_mels=64, fmin=60)
+    logs = np.log(mel + 1e-5 * mel.max())
+    mean = logs.mean(1)
+    return np.concatenate([mean - mean.mean(), logs.std(1), np.abs(np.diff(logs, axis=1)).mean(1)])
+
+
+class Classifier:
+    """Softmax regression on standardised features."""
+
+    def __init__(self, rows: np.ndarray, labels: list[int], decay: float = 1e-2) -> None:
+        self.mean, self.std = rows.mean(0), rows.std(0) + 1e-6
+        x, y = self._scaled(rows), torch.tensor(labels)
+        self.layer = torch.nn.Linear(x.shape[1], max(labels) + 1)
+        optimizer = torch.optim.LBFGS(self.layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self.layer(x), y) + decay * self.layer.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def _scaled(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(((rows - self.mean) / self.std).astype(np.float32))
+
+    @torch.no_grad()
+    def __call__(self, rows: np.ndarray) -> list[int]:
+        return self.layer(self._scaled(rows)).argmax(1).tolist()
+
+
+def rendered(vae, seed: int) -> tuple[np.ndarray, Truth]:
+    """A real song as the VAE renders it, [2, n], and its truth."""
+    audio, truth = song(seed, RATE)
+    return reconstruct(vae, np.ascontiguousarray(audio[: len(audio) // HOP * HOP].T)), truth
+
+
+def learn_instruments(vae, count: int) -> Classifier:
+    songs = [rendered(vae, LEARN + i) for i in range(count)]
+    return Classifier(np.stack([features(audio) for audio, _ in songs]), [LEADS.index(t.lead) for _, t in songs])
+
+
+def same_tempo(audio: np.ndarray, bpm: int) -> bool:
+    """Within 4 %, or an octave of it."""
+    heard = estimate(soxr.resample(audio.T, RATE, tempo.RATE)).values.get("bpm")
+    return heard is not None and any(abs(heard * factor / bpm - 1) <= 0.04 for factor in (0.5, 1, 2))
+
+
+def request(truth: Truth, seed: int, options: argparse.Namespace) -> generation.Request:
+    return generation.Request(
+        prompt=truth.caption,
+        duration=int(truth.duration),
+        bpm=truth.bpm,
+        keyscale=truth.keyscale,
+        timesignature=truth.timesignature.partition("/")[0],
+        instrumental=True,
+        steps=options.steps,
+        shift=options.shift,
+        guidance_scale=options.guidance,
+        seeds=[seed],
+    )
+
+
+def agreement(classify: Classifier, clips: list[np.ndarray], truths: list[Truth]) -> dict[str, float]:
+    """Shares of clips that follow their truth, and of clips that follow another clip's: chance."""
+    heard = classify(np.stack([features(clip) for clip in clips]))
+    others = truths[1:] + truths[:1]
+    return {
+        "instrument": float(np.mean([LEADS[h] == t.lead for h, t in zip(heard, truths, strict=True)])),
+        "instrument_chance": float(np.mean([LEADS[h] == t.lead for h, t in zip(heard, others, strict=True)])),
+        "tempo": float(np.mean([same_tempo(clip, t.bpm) for clip, t in zip(clips, truths, strict=True)])),
+        "tempo_chance": float(np.mean([same_tempo(clip, t.bpm) for clip, t in zip(clips, others, strict=True)])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--learn", type=int, default=600, help="songs the classifier is trained on")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--shift", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    options = parser.parse_args()
+    base = basemodel.find(str(options.model), variant="nano", repo="acestep-lora")
+    pipeline = generation.load_pipeline(base, torch.float32, "cpu")
+    classify = learn_instruments(pipeline.vae, options.learn)
+    seeds = range(UNSEEN, UNSEEN + options.clips)
+    real, truths = zip(*(rendered(pipeline.vae, seed) for seed in seeds), strict=True)
+    made = [generation.generate(pipeline, request(truth, 1, options))[0].numpy() for truth in truths]
+    result = {
+        "real": agreement(classify, list(real), list(truths)),
+        "generated": agreement(classify, made, list(truths)),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Train nano's VAE on the procedural source: python data/train_nano_vae.py --minutes 90 --out FOLDER [--init FOLDER]
+
+A piece of work fits a budget of CPU time (so it can share the machine): it starts from given weights, or new ones, with
+a fresh optimizer and ends by writing better ones, scored on unseen songs. Interrupted, the same command goes on where
+it was; --minutes 0 only scores.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import measures
+import numpy as np
+import torch
+from diffusers import AutoencoderOobleck
+from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
+from procedural import HELD_OUT, song
+from torch import Tensor
+
+RATE = 16000
+HOP = 640
+LATENTS = 16
+SIZES = {
+    "encoder_hidden_size": 2 * LATENTS,
+    "downsampling_ratios": [4, 4, 4, 10],
+    "channel_multiples": [1, 2, 4, 6],
+    "decoder_channels": 32,
+    "decoder_input_channels": LATENTS,
+    "audio_channels": 2,
+    "sampling_rate": RATE,
+}
+KL, LOG, COLD = 1e-5, 0.2, 0.1  # weights of the KL term, of the log distance, and of phase in a warm loss
+WARMING = (0.1, 0.3)  # shares of a new model's budget between which its loss changes from cold to warm
+POOL = 160  # songs in memory; every step replaces one
+SHOWN = 25  # steps between lines of the log
+SAVED = 300  # seconds between checkpoints
+UNSEEN = 10_000_000  # seeds from here on are for scoring
+
+
+@dataclass
+class Options:
+    minutes: float
+    out: Path
+    init: Path | None
+    lr: float
+    batch: int
+    crop: float  # seconds
+    seed: int
+    clips: int
+
+
+class Pool:
+    """An endless stream of crops, drawn from songs that are made as it goes."""
+
+    def __init__(self, seed: int, size: int):
+        self.rng, self.next = np.random.default_rng(seed), seed * 1_000_000
+        self.songs = [self._song() for _ in range(size)]
+
+    def _song(self) -> np.ndarray:
+        self.next += 1
+        return song(self.next, RATE)[0]
+
+    def crops(self, count: int, length: int) -> Tensor:
+        """[count, 2, length]."""
+        self.songs[self.next % len(self.songs)] = self._song()
+        found = []
+        for index in self.rng.choice(len(self.songs), count, replace=False):
+            start = int(self.rng.integers(len(self.songs[index]) - length))
+            crop = self.songs[index][start : start + length, :: int(self.rng.choice((1, -1)))]
+            found.append(crop * self.rng.uniform(0.4, 1.1))
+        return torch.from_numpy(np.stack(found).astype(np.float32)).transpose(1, 2).contiguous()
+
+
+def new_vae(seed: int) -> AutoencoderOobleck:
+    """Nearly a linear codec: the strided convolutions keep the variance, the residual units hardly speak yet.
+
+    With PyTorch's initialisation the 24 residual units drown the sound, and the decoder learns to ignore the latents
+    before the encoder learns to say anything.
+    """
+    torch.manual_seed(seed)
+    vae = AutoencoderOobleck(**SIZES)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.endswith(("conv1.weight_g", "conv_t1.weight_g")) and "res_unit" not in name:
+                parameter *= math.sqrt(3)  # what PyTorch's initialisation loses
+            elif name.endswith("conv2.weight_g") and "res_unit" in name or name.endswith("bias"):
+                parameter *= 0.1
+        vae.encoder.conv1.weight_g *= 3  # music's RMS is about 0.1
+        vae.encoder.conv2.bias[LATENTS:] = -5.0  # softplus: a posterior std of 0.007
+    return vae
+
+
+def losses(vae: AutoencoderOobleck, audio: Tensor, warmth: float) -> dict[str, Tensor]:
+    """Distances of compressed spectra (|X|^0.5, with and without phase), relative to their mean.
+
+    Square roots weigh loud partials and quiet ones about as the ear does, and are smooth where logarithms are not. A
+    cold loss (warmth 0) is what a codec can learn first: phase counts in full and the latents are exact. As it warms,
+    phase, which few numbers a frame cannot tell and which therefore costs loudness, goes down to COLD; the posterior's
+    noise, the KL term and the log distance come in.
+    """
+    posterior = vae.encode(audio).latent_dist
+    decoded = vae.decode(posterior.mean + warmth * posterior.std * torch.randn_like(posterior.mean)).sample
+    parts = {"magnitude": 0.0, "phase": 0.0, "log": 0.0, "kl": warmth * KL * posterior.kl()}
+    for size in measures.SIZES:
+        a, b = measures.spectra(decoded, size), measures.spectra(audio, size)
+        size_a, size_b = measures.magnitudes(a), measures.magnitudes(b)
+        root_a, root_b = size_a.sqrt(), size_b.sqrt()
+        share = 1 / (root_b.mean() * len(measures.SIZES))
+        parts["magnitude"] += share * (root_a - root_b).abs().mean()
+        difference = torch.view_as_real(a / root_a) - torch.view_as_real(b / root_b)
+        parts["phase"] += (1 - (1 - COLD) * warmth) * share * difference.abs().mean()
+        parts["log"] += warmth * LOG / len(measures.SIZES) * measures.log_distance(size_a, size_b)
+    return parts
+
+
+# ---------------------------------------------------------------- weights on disk
+
+
+def copied(vae: AutoencoderOobleck) -> AutoencoderOobleck:
+    """Weight normalisation leaves tensors behind that deepcopy refuses."""
+    twin = AutoencoderOobleck.from_config(vae.config)
+    twin.load_state_dict(vae.state_dict())
+    return twin.requires_grad_(False)
+
+
+def save(vae: AutoencoderOobleck, folder: Path) -> None:
+    """bf16, replaced whole."""
+    temporary = folder.with_name(f"{folder.name}.new")
+    copied(vae).to(torch.bfloat16).save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+@torch.no_grad()
+def fold_scale(vae: AutoencoderOobleck, audio: Tensor) -> None:
+    """Give the latents of `audio` mean 0 and std 1 per channel; what the decoder makes of them stays the same."""
+    mean = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in audio])
+    shift, scale = mean.mean((0, 2)), mean.std((0, 2))
+    last, first = vae.encoder.conv2, vae.decoder.conv1
+    # Decoder: conv(z) = conv'((z - shift) / scale). Its padding zeros mean `shift` now, which only the ends hear.
+    weight = first.weight_v * (first.weight_g / first.weight_v.norm(dim=(1, 2), keepdim=True))
+    first.bias += torch.einsum("oik,i->o", weight, shift)
+    weight = weight * scale[None, :, None]
+    first.weight_v.copy_(weight)
+    first.weight_g.copy_(weight.norm(dim=(1, 2), keepdim=True))
+    last.bias[:LATENTS] = (last.bias[:LATENTS] - shift) / scale
+    last.weight_g[:LATENTS] /= scale[:, None, None]
+    _scale_posterior(vae, scale)
+
+
+def _scale_posterior(vae: AutoencoderOobleck, scale: Tensor) -> None:
+    """std = softplus(s) becomes std / scale: for the narrow posteriors met here softplus is exp, so s - log(scale)."""
+    vae.encoder.conv2.bias[LATENTS:] -= scale.log()
+
+
+# ---------------------------------------------------------------- training
+
+
+class Training:
+    """Weights, their moving average, the optimizer, and how much of the budget is spent."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.file = options, options.out / "state.pt"
+        stored = options.init and AutoencoderOobleck.from_pretrained(options.init, torch_dtype=torch.float32)
+        self.vae = stored or new_vae(options.seed)
+        self.average = copied(self.vae)
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.step, self.spent = 0, 0.0
+        if self.file.is_file():
+            kept = torch.load(self.file, weights_only=True)
+            for name in ("vae", "average", "optimizer"):
+                getattr(self, name).load_state_dict(kept[name])
+            self.step, self.spent = kept["step"], kept["spent"]
+        self.begun = time.process_time() - self.spent
+        self.pool = Pool(options.seed * 1000 + self.step % 1000 + 1, POOL)
+
+    def save(self) -> None:
+        save(self.average, self.options.out / "vae")
+        parts = {name: getattr(self, name).state_dict() for name in ("vae", "average", "optimizer")}
+        temporary = self.file.with_suffix(".new")
+        torch.save(parts | {"step": self.step, "spent": self.spent}, temporary)
+        temporary.replace(self.file)
+
+    @property
+    def progress(self) -> float:
+        return self.spent / (60 * self.options.minutes) if self.options.minutes else 1.0
+
+    def warmth(self) -> float:
+        start, end = WARMING
+        return 1.0 if self.options.init else min(1.0, max(0.0, (self.progress - start) / (end - start)))
+
+    def learning_rate(self) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1, self.progress)))
+        return self.options.lr * min(1, (self.step + 1) / 50) * (0.02 + 0.98 * cosine)
+
+    def advance(self) -> dict[str, float]:
+        """One step -> what it measured."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        audio = self.pool.crops(self.options.batch, round(self.options.crop * RATE / HOP) * HOP)
+        parts = losses(self.vae, audio, self.warmth())
+        self.optimizer.zero_grad()
+        sum(parts.values()).backward()
+        parts["norm"] = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(0.998, self.step / (self.step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.vae.parameters()), 1 - decay)
+        self.spent = time.process_time() - self.begun
+        return {name: value.item() for name, value in parts.items()}
+
+    def run(self) -> AutoencoderOobleck:
+        """Until the budget is spent -> the averaged weights."""
+        seen, saved = [], time.monotonic()
+        while self.progress < 1:
+            seen.append(self.advance())
+            if len(seen) == SHOWN:
+                means = " ".join(f"{name} {np.mean([row[name] for row in seen]):.4f}" for name in seen[0])
+                print(f"step {self.step} {self.spent / 60:.1f} min {means}", flush=True)
+                seen = []
+            if time.monotonic() - saved > SAVED:
+                self.save()
+                saved = time.monotonic()
+        return self.average
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderOobleck, audio: np.ndarray) -> np.ndarray:
+    """[2, n] -> [2, n]."""
+    return vae.decode(vae.encode(torch.from_numpy(audio)[None]).latent_dist.mean).sample[0].numpy()
+
+
+def score(vae: AutoencoderOobleck, clips: int, style: str | None = None) -> dict[str, float]:
+    """Means over unseen songs: reconstruction against original, and onsets heard in either against the truth."""
+    rows = []
+    for seed in range(UNSEEN, UNSEEN + clips):
+        audio, truth = song(seed, RATE, style)
+        audio = np.ascontiguousarray(audio[: len(audio) // HOP * HOP].T)
+        copied = reconstruct(vae, audio)
+        heard, again, true = measures.onsets(audio, RATE), measures.onsets(copied, RATE), np.array(truth.onsets)
+        rows.append(
+            {
+                "chroma_correlation": measures.chroma_correlation(audio, copied, RATE),
+                "onset_f": measures.f_measure(again, heard),
+                "onset_f_truth": measures.f_measure(again, true),
+                "onset_f_truth_original": measures.f_measure(heard, true),
+                "spectral_distance": measures.spectral_distance(copied, audio),
+                "mean_frame_distance": measures.mean_frame_distance(audio),
+            }
+        )
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--crop", type=float, default=0.64, help="seconds")
+    parser.add_argument("--seed", type=int, default=0, help="another one for each piece: other songs")
+    parser.add_argument("--clips", type=int, default=50, help="unseen songs to score on")
+    return Options(**vars(parser.parse_args()))
+
+
+def main(options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    if shutil.which("g++") and sys.platform == "linux":
+        Snake1d.forward = torch.compile(Snake1d.forward, dynamic=True)  # half the time of a step
+    vae = Training(options).run()
+    audio = [song(UNSEEN - 1 - i, RATE)[0][: 8 * RATE].T for i in range(40)]
+    fold_scale(vae, torch.from_numpy(np.stack([clip for clip in audio if clip.shape[1] == 8 * RATE])))
+    save(vae, options.out / "vae")
+    (options.out / "state.pt").unlink(missing_ok=True)
+    stored = AutoencoderOobleck.from_pretrained(options.out / "vae", torch_dtype=torch.float32)
+    results = {
+        "trained": score(stored, options.clips),
+        "untrained": score(new_vae(options.seed), options.clips),
+        f"trained, {HELD_OUT}": score(stored, options.clips // 2, HELD_OUT),
+    }
+    report = {"options": {k: str(v) for k, v in asdict(options).items()}, "scores": results}
+    (options.out / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main(parse())
