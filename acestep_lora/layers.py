@@ -41,25 +41,28 @@ class LoHaLinear(_Undropped, loha.layer.Linear):
 
 class LoKrLinear(_Undropped, lokr.layer.Linear):
     def _get_delta_activations(self, adapter_name: str, input: Tensor, *args, **kwargs) -> Tensor:
-        """(w1 [a, b] kron w2 [c, d]) x, x [..., b * d] -> [..., a * c]: w2 on each of b rows, then w1 mixes them."""
+        """(w1 [a, b] kron w2 [c, d]) x, x [..., b * d] -> [..., a * c]: w2 works on each of b rows, w1 mixes the rows.
+
+        A w2 of two factors has w1 between them, where the states are narrowest.
+        """
         if self.training and self.rank_dropout[adapter_name]:
             return super()._get_delta_activations(adapter_name, input, *args, **kwargs)
-        w1, w2 = self._factors(adapter_name)
+        w1, (first, *second) = self._factors(adapter_name)
         x = self._cast_input_dtype(input, w1.dtype)
-        rows = x.reshape(-1, w1.shape[1], w2[-1].shape[1])  # [n, b, d]
-        for factor in reversed(w2):
+        rows = F.linear(x.reshape(-1, w1.shape[1], first.shape[1]), first)  # [n, b, c or r]
+        rows = torch.bmm((w1 * self.scaling[adapter_name]).expand(len(rows), -1, -1), rows)  # [n, a, c or r]
+        for factor in second:
             rows = F.linear(rows, factor)
-        mixed = torch.bmm((w1 * self.scaling[adapter_name]).expand(len(rows), -1, -1), rows)  # [n, a, c]
-        return mixed.reshape(*input.shape[:-1], -1)
+        return rows.reshape(*input.shape[:-1], -1)
 
     def _factors(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        """w1, and w2 as the matrices whose product it is, or as one where that is the cheaper way."""
+        """w1, and w2 as the matrices to apply one after the other, or as one where that is the cheaper way."""
         w1 = self.lokr_w1[name] if name in self.lokr_w1 else self.lokr_w1_a[name] @ self.lokr_w1_b[name]
         if name in self.lokr_w2:
             return w1, [self.lokr_w2[name]]
-        first, second = self.lokr_w2_a[name], self.lokr_w2_b[name]  # [c, r], [r, d]
-        (c, r), d = first.shape, second.shape[1]
-        return w1, [first, second] if r * (c + d) < c * d else [first @ second]
+        out, into = self.lokr_w2_a[name], self.lokr_w2_b[name]  # [c, r], [r, d]
+        (c, r), d = out.shape, into.shape[1]
+        return w1, [into, out] if r * (c + d) < c * d else [out @ into]
 
 
 CHEAPER = {lora.Linear: LoraLinear, loha.layer.Linear: LoHaLinear, lokr.layer.Linear: LoKrLinear}
