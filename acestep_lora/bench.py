@@ -94,9 +94,8 @@ def matmul_rate(job: Job, device: torch.device) -> float:
         for weight in weights:
             F.linear(states[weight.shape[1]], weight) @ weight
 
-    run()
     flops = 4 * patches * sum(weight.numel() for weight in weights)
-    return flops / statistics.median(seconds(run, device) for _ in range(3))
+    return flops / seconds(run, device)
 
 
 def peak_of(job: Job, device: torch.device) -> int:
@@ -121,11 +120,12 @@ def compare(jobs: list[Job], device: torch.device) -> list[Timing]:
     """Time the jobs' steps in turn."""
     steps = [Step(job, job.module("cpu").to(device)) for job in jobs]
     for step in steps:
+        step.micro_batches = 1
         step.run()
     rates, times = [[] for _ in jobs], [[] for _ in jobs]
     for _ in range(PAIRS):
         for i, step in enumerate(steps):
-            times[i].append(seconds(step.run, device) / step.micro_batches)
+            times[i].append(seconds(step.run, device))
             rates[i].append(matmul_rate(jobs[i], device))
     del steps
     timings = []
@@ -179,13 +179,14 @@ class RandomSongs(L.LightningDataModule):
         return ResumableLoader(songs, batch_sampler=order, collate_fn=collate, num_workers=cfg.dataset.num_workers)
 
 
-def loop(job: Job, steps: int = 6) -> dict[str, float]:
+def loop(job: Job, steps: int = 4) -> dict[str, float]:
     """Run Lightning's loop over random songs, a batch a step -> where time goes besides the step itself.
 
     Shares are of all steps but the first; the seconds are from the start of the process to the end of the first.
     """
-    clock, profiler = Clock(), SimpleProfiler()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
+        profiler = SimpleProfiler(dirpath=folder, filename="profile")
         trainer = L.Trainer(
             **job.hardware.trainer_options(),
             precision=job.hardware.resolved_precision(),

@@ -24,7 +24,7 @@ def job(configure):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 def test_no_graph_break_and_no_recompilation(job, adapter, monkeypatch):
     """Traced for any length at once; the code generator itself is not called, which would take a minute."""
     compile = torch.nn.Module.compile
