@@ -66,6 +66,7 @@ class Page:
 
     def __init__(self, review: Review, settings: Settings) -> None:
         self.review = review
+        self.left: set[str] = set()  # songs that were gone on from; what is typed in them is in their drafts
         with gr.Blocks(title="acestep-lora studio", analytics_enabled=False, fill_width=True) as self.blocks:
             with gr.Row():
                 with gr.Column(scale=2, min_width=380):
@@ -173,6 +174,8 @@ class Page:
             return self._show(form, str(error), bad=True)
 
     def _go(self, song: str, *form) -> dict:
+        self.left.add(Form(*form).song)
+        self.left.discard(song)
         draft = "These edits are not saved yet." if song in self.review.drafts else ""
         return self._attempt(lambda _: (self.review.open(song), draft), *form)
 
@@ -196,7 +199,10 @@ class Page:
 
     def _typed(self, *inputs) -> tuple[str, str]:
         form, settings = Form(*inputs[: len(self.form)]), Settings(*inputs[len(self.form) :])
-        self.review.keep(form)
+        if (
+            form.song not in self.left
+        ):  # what was sent before the song was left, and comes late, is older than its draft
+            self.review.keep(form)
         command = [f"dataset.{name}={value}" for name, value in settings._asdict().items()]
         try:
             return self.review.preview(form, settings), shlex.join(command)
