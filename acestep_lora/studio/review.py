@@ -5,6 +5,7 @@ kept as a draft; `record` writes what is saved, as a person's word, which beats 
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -106,11 +107,13 @@ class Review:
         self.drafts: dict[str, Form] = {}
         self._read: dict[str, Form] = {}  # version -> the form as it was read
         self._heard: dict[str, tuple[Line, ...]] = {}  # song -> a transcriber's lines
+        self._scanning = threading.Lock()
         self.rescan()
 
     def rescan(self) -> None:
-        self.scan = scan(self.dirs)
-        self.tracks = {track.id: track for track in self.scan.tracks}
+        with self._scanning:  # or a slow scan would put back what was there before a save
+            self.scan = scan(self.dirs)
+            self.tracks = {track.id: track for track in self.scan.tracks}
 
     def track(self, song: str) -> Track:
         if song not in self.tracks:
