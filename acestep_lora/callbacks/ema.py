@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
+from acestep_lora.errors import UserError
+
 
 class AdapterEMA(L.Callback):
     """Keeps average <- decay * average + (1 - decay) * weights after every optimizer step; validation uses it.
@@ -15,7 +17,7 @@ class AdapterEMA(L.Callback):
 
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay must be in [0, 1), got {decay}.")
+            raise UserError(f"ema.decay must be in [0, 1), got {decay}.")
         self.decay, self.steps = decay, 0
         self.average: dict[str, torch.Tensor] = {}
 
