@@ -164,8 +164,10 @@ class AceStepDiT(AceStepTransformer1DModel):
     def _seen(self, hidden: Tensor, condition: Tensor, real: Tensor | None, condition_mask: Tensor | None) -> Seen:
         """How this forward attends: kernel and masks."""
         kernel, length, window = self.kernel, hidden.shape[1], self.config.sliding_window
-        if kernel == "auto":
-            kernel = "flash" if real is None and has_window_kernel(hidden.device, hidden.dtype) else "blocks"
+        if kernel == "auto" and has_window_kernel(hidden.device, hidden.dtype):
+            kernel = "flash"
+        if kernel == "auto" or kernel == "flash" and real is not None:  # torch's kernel knows no padding
+            kernel = "blocks"
         if kernel == "dense":
             full, cross = dense_mask(length, length, hidden), dense_mask(length, condition.shape[1], hidden)
             return Seen(kernel, full, cross, dense_mask(length, length, hidden, window), real)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from acestep_lora import adapters, basemodel, flow
 from acestep_lora.adapters import Adapter
 from acestep_lora.conditioning import hint_context, silence_context
-from acestep_lora.data.datamodule import VAL_TIMESTEPS, Batch
+from acestep_lora.data.items import VAL_TIMESTEPS, Batch
 from acestep_lora.dit import AceStepDiT, load_dit
 from acestep_lora.quantize import check as check_quantize
 from acestep_lora.quantize import quantize as pack

@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -135,9 +134,7 @@ def count_flops(job: Job) -> tuple[int, dict[str, int]]:
         step = Step(job, module)
         step.micro_batches = 1
         flops = costs.count(step.gradients)
-    sizes = Counter()
-    for name, weight in module.trainable().items():
-        sizes[name] += weight.numel()
+    sizes = {name: weight.numel() for name, weight in module.trainable().items()}
     return flops, costs.minimum(job.shape, job.cfg.dataset.batch_size, job.frames, job.tokens, sizes)
 
 
@@ -191,11 +188,21 @@ class Recompute:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.none, self.all = job, predict(job.but(recompute=0)), predict(job.but(recompute=job.depth))
-        few = min(4, job.depth)  # sliding and full layers differ, so in pairs
-        self.relief = (self.none.peak - predict(job.but(recompute=few)).peak) / few
+        self.job, self.none = job, predict(job.but(recompute=0))
+
+    @functools.cached_property
+    def all(self) -> Prediction:
+        return predict(self.job.but(recompute=self.job.depth))
+
+    @functools.cached_property
+    def relief(self) -> float:
+        """Bytes that a recomputed layer saves."""
+        few = min(4, self.job.depth)  # sliding and full layers differ, so in pairs
+        return (self.none.peak - predict(self.job.but(recompute=few)).peak) / few
 
     def at(self, layers: int) -> Prediction:
+        if layers == 0:  # most jobs fit as they are, and then one prediction is enough
+            return self.none
         saved = min(layers * self.relief, self.none.peak - self.all.peak)
         return replace(self.none, activations=round(self.none.activations - saved))
 

@@ -150,3 +150,12 @@ def test_bf16_model_keeps_float32_timesteps(golden_variant, goldens):
     near, far = (dit._time(torch.tensor([t]))[0] for t in (0.8980, 0.8990))
     assert torch.tensor(0.8980).bfloat16() == torch.tensor(0.8990).bfloat16()
     assert not torch.equal(near, far)
+
+
+def test_the_kernel_without_padding_is_not_asked_about_padding():
+    """Chosen by hand as well: torch's kernel with windows would attend to padding, so blocks take over."""
+    dit, x, condition = tiny(window=2), torch.randn(2, 12, 4), torch.randn(2, 3, 32)
+    context, level, frames = torch.randn(2, 12, 8), torch.rand(2), torch.arange(12) < torch.tensor([[12], [7]])
+    expected = dit(x, level, condition, context, None, frames)
+    dit.kernel = "flash"
+    close(dit(x, level, condition, context, None, frames), expected, tolerance=0)

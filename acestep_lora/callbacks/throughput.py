@@ -4,7 +4,7 @@ import time
 
 import lightning as L
 
-from acestep_lora.data.datamodule import Batch
+from acestep_lora.data.items import Batch
 
 
 class Throughput(L.Callback):

@@ -199,9 +199,7 @@ class Page:
 
     def _typed(self, *inputs) -> tuple[str, str]:
         form, settings = Form(*inputs[: len(self.form)]), Settings(*inputs[len(self.form) :])
-        if (
-            form.song not in self.left
-        ):  # what was sent before the song was left, and comes late, is older than its draft
+        if form.song not in self.left:  # else it was sent before the song was left, and its draft is newer
             self.review.keep(form)
         command = [f"dataset.{name}={value}" for name, value in settings._asdict().items()]
         try:
