@@ -9,8 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from acestep_lora import cli
 from acestep_lora.errors import UserError
 
-GROUPS = ("tempo_key", "transcriber", "structure", "captioner")
-
 
 def annotate(cfg: DictConfig):
     """Scan, ask every provider what is missing, list every song -> annotator.Report; None with dry_run."""
@@ -23,7 +21,7 @@ def annotate(cfg: DictConfig):
         raise UserError("dataset.dir is not set: give the folder of songs, dataset.dir=/music/mine.")
     settings = OmegaConf.to_container(cfg, resolve=True)
     dirs, annotator = settings["dataset"]["dir"], Annotator(settings["policy"])
-    providers = [instantiate(cfg[group]) for group in GROUPS if cfg[group]]
+    providers = [instantiate(cfg[group]) for group in cli.PROVIDER_GROUPS if cfg[group]]
     if cfg.dry_run:
         list_calls(annotator.paid_calls(providers, track.scan(dirs)))
         return None

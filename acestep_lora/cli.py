@@ -24,6 +24,9 @@ from acestep_lora.overrides import quote_overrides
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
+PROVIDER_GROUPS = ("tempo_key", "transcriber", "structure", "captioner")
+"""What annotates songs, in the order in which annotate.py asks."""
+
 LEFT_OUT = 3
 """Exit code of a command that did its work, but had to leave some songs out."""
 
@@ -82,6 +85,11 @@ def sentence(error: BaseException) -> str:
     if re.search(r"No match in the defaults list|not in '\w+_schema'", text):
         text += f" It is none of {', '.join(sorted(path.name for path in CONF.iterdir() if path.is_dir()))}."
     return text
+
+
+def provider_files(groups: tuple[str, ...] = PROVIDER_GROUPS) -> list[Path]:
+    """The YAML file of every provider that can be chosen."""
+    return [file for group in groups for file in sorted((CONF / group).glob("*.yaml")) if file.stem != "none"]
 
 
 def is_sweep() -> bool:

@@ -14,7 +14,6 @@ from acestep_lora.data.track import scan
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import write_atomic
 
-GROUPS = ("transcriber", "captioner")
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +44,7 @@ def process_folder(input_dir: str | Path, output_dir: str | Path, provider: str 
 
 
 def _configured(name: str) -> Iterator[Provider]:
-    files = [file for group in GROUPS for file in sorted((cli.CONF / group).glob("*.yaml")) if file.stem != "none"]
+    files = cli.provider_files(("transcriber", "captioner"))
     if name not in {file.stem for file in files}:
         raise UserError(f"provider {name!r} is none of {', '.join(sorted({file.stem for file in files}))}.")
     cli.register()

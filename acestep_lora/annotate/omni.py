@@ -4,7 +4,6 @@ Only the part that listens and writes is loaded, the "thinker". The prompt is pu
 template and Qwen2_5OmniProcessor do it: that processor needs torchvision, for pictures, which are of no use to us.
 """
 
-import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -47,7 +46,11 @@ class Omni:
         """The likeliest text (greedy). A prompt may say with `<audio>` where the song goes; else it goes first."""
         thinker, listener, tokenizer = self._parts
         heard = listener(
-            load(song), sampling_rate=RATE, truncation=False, return_attention_mask=True, return_tensors="pt"
+            audio.mono(song, RATE),
+            sampling_rate=RATE,
+            truncation=False,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         frames = heard.attention_mask.sum(-1)  # mel frames; the encoder halves them twice
         before, mark, after = prompt.partition("<audio>")
@@ -64,9 +67,3 @@ class Omni:
         inputs = {name: tensor.to(thinker.device) for name, tensor in inputs.items()}
         written = thinker.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         return tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def load(song: Path):
-    """A song as mono float32 at 16 kHz, [n]. Raises AudioError."""
-    with tempfile.TemporaryDirectory() as folder, audio.spool(song, RATE, folder) as spooled:
-        return spooled.read().mean(axis=1)

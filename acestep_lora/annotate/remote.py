@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +51,7 @@ def _dotenv() -> dict[str, str]:
 
 def compressed(path: Path, max_bytes: int) -> bytes:
     """A song as mono mp3 of at most `max_bytes`. Raises AudioError, or ProviderError for a song that is too long."""
-    with tempfile.TemporaryDirectory() as folder, audio.spool(path, RATE, folder) as song:
-        samples = song.read().mean(axis=1)
+    samples = audio.mono(path, RATE)
     seconds = len(samples) / RATE
     for kbps in KBPS:
         if kbps * 1000 / 8 * (seconds + 1) < max_bytes:

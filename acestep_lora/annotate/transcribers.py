@@ -20,7 +20,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from acestep_lora.annotate import lyrics, omni, record
 from acestep_lora.annotate.provider import Answer, Line, ProviderDown, ProviderError
 from acestep_lora.annotate.remote import ElevenLabs, Gemini, OpenAI
-from acestep_lora.data import fields, sidecars
+from acestep_lora.data import audio, fields, sidecars
 from acestep_lora.data.track import Track
 from acestep_lora.hardware import Hardware
 
@@ -131,7 +131,7 @@ class WhisperLocal:
         return model.to(self.hardware.device).eval(), processor
 
     def annotate(self, track: Track) -> Answer:
-        samples = omni.load(track.path)
+        samples = audio.mono(track.path, omni.RATE)
         segments, language = self._hear(samples)
         seconds, decode = len(samples) / omni.RATE, self._parts[1].tokenizer.decode
         phrases = [

@@ -237,3 +237,9 @@ def _stereo(block: np.ndarray, surround: np.ndarray) -> np.ndarray:
     if block.shape[1] == 2:
         return block
     return block @ surround if block.shape[1] == 6 else block.mean(axis=1, keepdims=True).repeat(2, axis=1)
+
+
+def mono(path: str | Path, rate: int) -> np.ndarray:
+    """A whole song as the mean of its channels, float32 [n] at `rate` Hz. Raises AudioError."""
+    with tempfile.TemporaryDirectory() as folder, spool(path, rate, folder) as song:
+        return song.read().mean(axis=1)

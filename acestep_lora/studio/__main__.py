@@ -12,13 +12,11 @@ from acestep_lora.annotate.provider import Provider
 from acestep_lora.errors import UserError
 from acestep_lora.studio.review import Review, Settings
 
-GROUPS = ("tempo_key", "transcriber", "structure", "captioner")
-
 
 def providers(cfg: DictConfig) -> dict[str, Callable[[], Provider]]:
     """Every provider there is, by group and name."""
-    files = [file for group in GROUPS for file in sorted((cli.CONF / group).glob("*.yaml")) if file.stem != "none"]
-    return {f"{file.parent.name}={file.stem}": partial(provider, cfg, file.parent.name, file.stem) for file in files}
+    choices = [(file.parent.name, file.stem) for file in cli.provider_files()]
+    return {f"{group}={name}": partial(provider, cfg, group, name) for group, name in choices}
 
 
 def provider(cfg: DictConfig, group: str, name: str) -> Provider:
