@@ -30,26 +30,27 @@ def check(kind: str, adapter: Adapter) -> None:
         raise UserError("adapter=dora does not train on int8 weights (bitsandbytes loses their scales): use nf4.")
 
 
+def _packed(linear: nn.Linear, kind: str) -> nn.Module:
+    """bitsandbytes' counterpart of a linear layer, to be packed as it moves to its device."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.data
+    with torch.device("meta"):
+        if kind == "nf4":
+            packed = Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4")
+            packed.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            packed = Linear8bitLt(*sizes, has_fp16_weights=False)
+            packed.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    packed.bias = linear.bias
+    return packed
+
+
 def quantize(dit: nn.Module, kind: str, device: str | torch.device) -> None:
     """Pack the linear layers of a transformer's blocks, one by one, on the device they are for."""
-    import bitsandbytes
-
     for block in dit.layers:
         for name, linear in [item for item in block.named_modules() if type(item[1]) is nn.Linear]:
-            bias, dtype = linear.bias is not None, linear.weight.dtype
-            sizes = linear.in_features, linear.out_features
-            with torch.device("meta"):
-                if kind == "nf4":
-                    packed = bitsandbytes.nn.Linear4bit(*sizes, bias=bias, compute_dtype=dtype, quant_type="nf4")
-                else:
-                    packed = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
-            weight = linear.weight.data
-            if kind == "nf4":
-                packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-            else:
-                packed.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-            packed.bias = linear.bias
-            block.set_submodule(name, packed.to(device).train(linear.training))
+            block.set_submodule(name, _packed(linear, kind).to(device).train(linear.training))
     dit.is_loaded_in_4bit, dit.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # what PEFT asks for
 
 

@@ -22,7 +22,7 @@ from acestep_lora.annotate.captions import checked, token_count
 from acestep_lora.annotate.provider import Answer, ProviderDown, ProviderError
 from acestep_lora.data.audio import spool
 from acestep_lora.data.fields import LANGUAGES, line
-from acestep_lora.data.oobleck import encode_windows, streamline
+from acestep_lora.data.oobleck import encode_windows, load_encoder
 from acestep_lora.data.track import Track
 from acestep_lora.hardware import Hardware
 
@@ -91,9 +91,7 @@ class Listener:
     def __init__(self, base: basemodel.BaseModel, path: str, hardware: Hardware) -> None:
         device, dtype = hardware.device, hardware.dtype
         self.lm, self.tokenizer = load_lm(path, hardware)
-        self.vae = basemodel.load_vae(base, torch.float32, device)
-        del self.vae.decoder
-        streamline(self.vae.encoder)
+        self.vae = load_encoder(base, device)
         self.audio_tokenizer, _ = basemodel.load_audio_tokenizer(base, dtype, device)
         self.silence = basemodel.constants(base)[1][None].to(device, dtype)
         self.count = token_count(base.tokenizer)

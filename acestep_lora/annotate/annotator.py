@@ -20,7 +20,7 @@ from rich.text import Text
 from acestep_lora.annotate import lyrics, record
 from acestep_lora.annotate.provider import Answer, Line, Provider, ProviderDown, ProviderError
 from acestep_lora.annotate.record import Record
-from acestep_lora.data import sidecars
+from acestep_lora.data import fields, sidecars
 from acestep_lora.data.track import Scan, Track
 from acestep_lora.errors import UserError
 
@@ -29,8 +29,6 @@ COMPARED = ("bpm", "keyscale", "timesignature", "language", "lyrics")
 LIKENESS = 0.8  # a transcript that shares fewer words with the given lyrics is a problem
 BPM_TOLERANCE = 0.04  # as in MIREX's tempo task
 OCTAVES = ((2.0, " (double)"), (0.5, " (half)"), (1.5, " (3/2)"), (2 / 3, " (2/3)"))
-_PITCHES = dict(zip("C B# C# Db D D# Eb E Fb F E# F# Gb G G# Ab A A# Bb B Cb".split(),
-                    (0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 8, 9, 10, 10, 11, 11), strict=True))  # fmt: skip
 
 
 @dataclass
@@ -226,7 +224,7 @@ def _difference(name: str, mine: object, theirs: object) -> str | None:
         share = lyrics.overlap(mine, theirs)
         return f"hears {share:.0%} of the words given" if share < LIKENESS else None
     if name == "keyscale" and isinstance(theirs, str):
-        same = [(_PITCHES[tonic], scale) for tonic, scale in (str(key).split() for key in (mine, theirs))]
+        same = [(fields.pitch_class(tonic), scale) for tonic, scale in (str(key).split() for key in (mine, theirs))]
         return f"says {theirs}, not {mine}" if same[0] != same[1] else None
     if name == "bpm":
         ratio = theirs / mine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from acestep_lora.annotate.provider import ProviderDown
+from acestep_lora.annotate.provider import loading
 from acestep_lora.data import audio
 from acestep_lora.hardware import Hardware
 
@@ -31,14 +31,12 @@ class Omni:
     def _parts(self):
         from transformers import AutoTokenizer, Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor
 
-        try:
+        with loading(self.place):
             thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 self.place, dtype=self.hardware.dtype, use_safetensors=True
             )
             listener = WhisperFeatureExtractor.from_pretrained(self.place)
             tokenizer = AutoTokenizer.from_pretrained(self.place)
-        except (OSError, ValueError) as error:
-            raise ProviderDown(f"model {self.place!r} cannot be loaded ({str(error).splitlines()[0]}).") from error
         return thinker.to(self.hardware.device).eval(), listener, tokenizer
 
     @torch.inference_mode()

@@ -1,8 +1,11 @@
 """Who says what about a song: estimators, transcribers and captioners speak one small protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from safetensors import SafetensorError
 
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
@@ -22,6 +25,15 @@ class Line(NamedTuple):
     start: float
     end: float | None
     text: str
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Around the reading of a local model: one sentence for a folder or hub id that cannot be used."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ProviderDown(f"model {model!r} cannot be loaded ({str(error).splitlines()[0]}).") from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from acestep_lora.annotate import key, tempo
 from acestep_lora.annotate.provider import Answer, ProviderError
+from acestep_lora.data import fields
 from acestep_lora.data.audio import AudioError, probe, spool
 from acestep_lora.data.track import Track
 
@@ -17,7 +18,6 @@ SHORTEST = 2  # seconds
 ENOUGH = 20  # seconds, of the shortest music that the models were fitted on
 SILENCE = 1e-4  # of full scale: the range of nearly all samples
 SAME_TEMPO = 0.04  # ratio; what listeners tap differs by as much
-_SEMITONES = "C D EF G A B"
 
 
 def estimate(samples: np.ndarray) -> Answer:
@@ -68,8 +68,7 @@ def _same_tempo(estimated: float, annotated: float) -> bool:
 def _scale(keyscale: str) -> int:
     """Tonic of the major key with the same notes, in semitones above C."""
     name, mode = keyscale.split()
-    accidental = {"#": 1, "b": -1, "": 0}[name[1:]]
-    return (_SEMITONES.index(name[0]) + accidental + 3 * (mode == "minor")) % 12
+    return (fields.pitch_class(name) + 3 * (mode == "minor")) % 12
 
 
 _AGREE = {

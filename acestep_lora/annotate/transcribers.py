@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from acestep_lora.annotate import lyrics, omni, record
-from acestep_lora.annotate.provider import Answer, Line, ProviderDown, ProviderError
+from acestep_lora.annotate.provider import Answer, Line, ProviderDown, ProviderError, loading
 from acestep_lora.annotate.remote import ElevenLabs, Gemini, OpenAI
 from acestep_lora.data import audio, fields, sidecars
 from acestep_lora.data.track import Track
@@ -118,13 +118,11 @@ class WhisperLocal:
     def _parts(self):
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-        try:
+        with loading(self.model):
             model = WhisperForConditionalGeneration.from_pretrained(
                 self.model, dtype=self.hardware.dtype, use_safetensors=True
             )
             processor = WhisperProcessor.from_pretrained(self.model)
-        except (OSError, ValueError) as error:
-            raise ProviderDown(f"model {self.model!r} cannot be loaded ({str(error).splitlines()[0]}).") from error
         if not {"is_multilingual", "no_timestamps_token_id"} <= vars(model.generation_config).keys():
             advice = "copy that of the Whisper model it was made from"
             raise ProviderDown(f"model {self.model!r} has no generation_config.json of Whisper: {advice}.")

@@ -81,6 +81,11 @@ flag = partial(_choice, options=_FLAGS, expected="true or false")
 prompt_override = partial(_choice, options={"caption": "caption", "genre": "genre"}, expected="'caption' or 'genre'")
 
 
+def pitch_class(note: str) -> int:
+    """Semitones of a note such as "C#" or "Cb" above C, 0 to 11."""
+    return ("C D EF G A B".index(note[0]) + note.count("#") - note.count("b")) % 12
+
+
 def keyscale(value: object) -> str | None:
     """`[A-G][#b] major|minor` from a key name ("Dm", "D♭ major") or a Camelot code ("8A")."""
     text = _said(value)

@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
 from torch import Tensor, nn
 
+from acestep_lora import basemodel
 from acestep_lora.data.audio import Spool
 
 _TILE = {"cpu": 1 << 19}  # numbers in a tile of one layer: about a core's L2 cache
@@ -43,6 +44,14 @@ def streamline(encoder: nn.Module) -> nn.Module:
             if isinstance(child, Snake1d):
                 setattr(module, name, Snake(child))
     return encoder
+
+
+def load_encoder(base: basemodel.BaseModel, device: str | torch.device) -> nn.Module:
+    """A base model's VAE without its decoder, in float32, its encoder streamlined."""
+    vae = basemodel.load_vae(base, torch.float32, device)
+    del vae.decoder
+    streamline(vae.encoder)
+    return vae
 
 
 def receptive_frames(ratios: list[int]) -> int:

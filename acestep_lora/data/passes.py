@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from acestep_lora import basemodel
 from acestep_lora.data.audio import AudioError, Spool, spool
 from acestep_lora.data.cache import header_of
-from acestep_lora.data.oobleck import encode_windows, streamline
+from acestep_lora.data.oobleck import encode_windows, load_encoder
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
 
@@ -66,9 +66,7 @@ class VAEPass(L.LightningModule):
     @staticmethod
     def load(encoder: "Encoder", jobs: list["Job"]) -> "VAEPass":
         module = VAEPass(encoder, jobs)
-        module.vae = basemodel.load_vae(encoder.base, torch.float32, "cpu")
-        del module.vae.decoder
-        streamline(module.vae.encoder)
+        module.vae = load_encoder(encoder.base, "cpu")
         return module
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
