@@ -18,12 +18,28 @@ class Result:
     message: str
 
 
+def make_module(cfg: DictConfig, base, hardware, tracks: list):
+    """The FlowModule of a run, its weights not yet read. Raises UserError for a job that does not fit into memory."""
+    from hydra.utils import instantiate
+
+    from acestep_lora import plan
+
+    longest = max((track.duration for track in tracks), default=None)
+    return instantiate(cfg.module, _partial_=True)(
+        base,
+        dtype=hardware.dtype,
+        recompute=plan.choose(plan.job_of(cfg, hardware, base, longest)),
+        attention=hardware.attention,
+        compile=hardware.compile,
+    )
+
+
 def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     """Preprocess what is missing, train, validate, export; `given` says whether the user chose the folder."""
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import loggers, plan, reports, runs
+    from acestep_lora import loggers, reports, runs
     from acestep_lora.hashes import FileHashes
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
@@ -39,18 +55,11 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
             return Result(
                 None, 0, f"{run.folder} is finished; a larger trainer.max_epochs or trainer.max_steps extends it."
             )
+        module = make_module(cfg, base, hardware, data.scan.tracks)  # first: a job that cannot fit ends here
         runs.save_config(cfg, run.folder)
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
-        longest = max((track.duration for track in data.scan.tracks), default=None)
-        module = instantiate(cfg.module, _partial_=True)(
-            base,
-            dtype=hardware.dtype,
-            recompute=plan.choose(plan.job_of(cfg, hardware, base, longest)),
-            attention=hardware.attention,
-            compile=hardware.compile,
-        )
         kept = runs.callbacks(cfg, run, metadata, length)
         options = hardware.trainer_options() | {"precision": hardware.resolved_precision()}
         trainer = instantiate(

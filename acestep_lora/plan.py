@@ -210,16 +210,27 @@ class Recompute:
         """The fewest layers with which the job fits; None when even all do not suffice."""
         return next((n for n in range(self.job.depth + 1) if self.at(n).total <= memory), None)
 
+    def chosen(self) -> int:
+        """As configured; under "auto" the fewest layers with which the job fits, or all where even they do not do."""
+        memory = self.job.hardware.memory
+        if self.job.hardware.recompute != "auto" or memory is None:
+            return self.job.recompute
+        fewest = self.fewest(memory)
+        return self.job.depth if fewest is None else fewest
+
 
 def choose(job: Job) -> int:
     """How many layers a run recomputes. Raises UserError, before weights are loaded, when the job cannot fit."""
-    memory, auto = job.hardware.memory, job.hardware.recompute == "auto"
+    memory = job.hardware.memory
     if memory is None:
         return job.recompute
-    plan = Recompute(job) if auto else None
-    layers = plan.fewest(memory) if auto else job.recompute
-    predicted = plan.at(job.depth if layers is None else layers) if auto else predict(job)
-    if layers is None or predicted.total > memory:
+    if job.hardware.recompute == "auto":
+        plan = Recompute(job)
+        layers = plan.chosen()
+        predicted = plan.at(layers)
+    else:
+        layers, predicted = job.recompute, predict(job)
+    if predicted.total > memory:
         raise UserError(
             f"This job needs {gib(predicted.total)} GiB (predicted) and there are {gib(memory)}: {remedy(job, memory)}."
         )
@@ -304,10 +315,7 @@ def gib(size: float) -> str:
 def show(job: Job, tracks: int | None, stages: Mapping[str, int], console: Console) -> None:
     """Print what a job takes: by part, on which card, for how long."""
     cfg, plan, memory = job.cfg, Recompute(job), job.hardware.memory
-    layers = job.recompute
-    if job.hardware.recompute == "auto" and memory is not None:
-        fewest = plan.fewest(memory)
-        layers = job.depth if fewest is None else fewest
+    layers = plan.chosen()
     predicted = plan.at(layers)
     console.print(
         f"model={cfg.model.name} adapter={cfg.adapter.name} quantize={cfg.model.quantize}, batch "
