@@ -1,9 +1,7 @@
-"""The guides: every command in them composes, and the tutorial's do what it says, on thirteen songs."""
+"""The tutorial, in both languages: its commands do what it says, on thirteen songs."""
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import yaml
+from guides import code_blocks, commands, spans, text
 from safetensors.torch import load_file
 
 from acestep_lora import cli
@@ -21,83 +19,7 @@ from acestep_lora.data.track import scan
 from acestep_lora.errors import UserError
 
 HERE = Path(__file__).parent
-GUIDES = [cli.ROOT / "README.md", *sorted(set((cli.ROOT / "docs").glob("*.md")) - {cli.ROOT / "docs/log.md"})]
 TUTORIALS = {"English": cli.ROOT / "docs/tutorial.md", "Japanese": cli.ROOT / "docs/tutorial.ja.md"}
-SCRIPT = re.compile(r"python (?:-m acestep_lora\.(\w+)|(\w+)\.py)(?![\w/])(.*)")
-CONFIGURED_BY = {"plan": "train", "bench": "train"}  # modules that take another command's options
-NO_OPTIONS = {"adapter=hra", "key=value", "weights_only=True", "torch_dtype=torch.bfloat16"}  # an example, and Python
-OVERRIDE = re.compile(r"[a-z_.]+=(?!\.\.\.)\S+")
-
-
-def text(guide: Path) -> str:
-    return guide.read_text(encoding="utf-8").replace("\\\n", " ")
-
-
-def code_blocks(guide: Path) -> list[str]:
-    """Fenced blocks, and indented lines that are no list's."""
-    return re.findall(r"^```\w*\n.*?^```$|^ {4}\S[^\n]*$", text(guide), re.DOTALL | re.MULTILINE)
-
-
-def spans(guide: Path) -> list[str]:
-    """What stands between backquotes in the prose and the tables."""
-    prose = text(guide)
-    for block in code_blocks(guide):
-        prose = prose.replace(block, "")
-    return re.findall(r"`([^`\n]+)`", prose)
-
-
-def commands(texts: list[str]) -> list[tuple[str, list[str]]]:
-    """(script or module, its arguments) of every line that runs one of ours."""
-    found = [match.groups() for each in texts for match in SCRIPT.finditer(each)]
-    return [(module or script, shlex.split(rest, comments=True)) for module, script, rest in found]
-
-
-def plain(arguments: list[str]) -> list[str]:
-    """Without Hydra's flags; of a sweep, its first job."""
-    sweep = "-m" in arguments
-    return [word.split(",")[0] if sweep else word for word in arguments if "=" in word]
-
-
-USED = {
-    f"{name} {' '.join(arguments)}": (guide.name, name, arguments)
-    for guide in GUIDES
-    for name, arguments in commands(code_blocks(guide) + spans(guide))
-}
-
-
-@pytest.mark.parametrize("guide, name, arguments", USED.values(), ids=USED)
-def test_every_command_in_the_guides_composes(configure, guide, name, arguments):
-    if "--config-dir" not in arguments:  # a folder of the reader's
-        configure(CONFIGURED_BY.get(name, name), *plain(arguments))
-
-
-def keys(node: object, above: str = "") -> set[str]:
-    """Every dotted key of a YAML file."""
-    below = node.items() if isinstance(node, dict) else []
-    return {above.rstrip(".")} | {key for name, child in below for key in keys(child, f"{above}{name}.")}
-
-
-@pytest.fixture(scope="module")
-def known() -> set[str]:
-    """Every key of conf/, and `group=option` for every file in it."""
-    found = set()
-    for file in cli.CONF.rglob("*.yaml"):
-        group = file.parent.name if file.parent != cli.CONF else ""
-        found |= {f"{group}={file.stem}"} | keys(
-            yaml.safe_load(file.read_text(encoding="utf-8")), f"{group}.".lstrip(".")
-        )
-    return found
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
-def test_every_option_in_the_guides_exists(known, guide):
-    """Those between backquotes, of some command or other."""
-    options = {span for span in spans(guide) if OVERRIDE.fullmatch(span)} - NO_OPTIONS
-    groups = {key.partition("=")[0] for key in known if "=" in key}
-    for option in options:
-        key, _, value = option.partition("=")
-        chosen = [f"{key}={name}" for name in value.strip("[]").split(",")]
-        assert known.issuperset(chosen) if key in groups else key in known, option
 
 
 def test_both_languages_say_the_same():
@@ -109,18 +31,6 @@ def test_both_languages_say_the_same():
     names = [path.name for path in TUTORIALS.values()]
     for guide, other in zip(TUTORIALS.values(), reversed(names), strict=True):
         assert f"({other})" in text(guide)
-
-
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
-def test_links_lead_somewhere(guide):
-    for target in re.findall(r"\]\(([^)#\s]+)", text(guide)):
-        assert target.startswith("https://") or (guide.parent / target).exists(), target
-
-
-def test_every_python_file_is_in_the_readmes_tree():
-    readme = text(cli.ROOT / "README.md")
-    files = [*cli.ROOT.glob("*.py"), *(cli.ROOT / "acestep_lora").rglob("*.py")]
-    assert [file.name for file in files if f" {file.name} " not in readme and not file.stem.startswith("__")] == []
 
 
 # ---------------------------------------------------------------- extras that are not installed
