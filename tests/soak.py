@@ -4,8 +4,8 @@ python tests/soak.py --minutes 60 --out FOLDER
 
 A cycle starts a training as a process of its own, kills it at a random moment with a random signal, a few times over,
 then finishes it in *this* process, exports the adapter and generates a clip, also in this process: what leaks shows
-here. Adapter, losses and clip must equal, bit for bit, those of a run that nobody disturbed. One JSON line per cycle goes
-to FOLDER/soak.jsonl and to the output; FOLDER/summary.json has the verdict, which is also the exit code.
+here. Adapter, losses and clip must equal, bit for bit, those of a run that nobody disturbed. One JSON line per cycle
+goes to FOLDER/soak.jsonl and to the output; FOLDER/summary.json has the verdict, which is also the exit code.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def _rss(pid: int) -> int:
 
 
 def summary(cycles: list[dict], minutes: float) -> dict:
-    """The verdict: memory without a trend, handles, threads and children without any growth, every cycle bit-identical."""
+    """The verdict: no trend in memory, no more handles, threads or children than before, every cycle bit-identical."""
     warm = cycles[WARM_UP:] if len(cycles) > 2 * WARM_UP else cycles
     memory = [cycle["rss_mb"] for cycle in warm]
     slope, _, low, high = theilslopes(memory) if len(memory) > 1 else (0.0,) * 4
@@ -170,6 +170,7 @@ def summary(cycles: list[dict], minutes: float) -> dict:
         if half and max(c[name] for c in warm[half:]) > max(c[name] for c in warm[:half])
     ]
     kills = [kill for cycle in cycles for kill in cycle["kills"]]
+    sent = [kill["signal"] for kill in kills if kill["signal"]]
     flat = growth <= GROWTH and not grown
     identical = sum(cycle["identical"] for cycle in cycles)
     tracebacks = sum("traceback" in kill for kill in kills)
@@ -177,9 +178,7 @@ def summary(cycles: list[dict], minutes: float) -> dict:
         "minutes": round(minutes, 1),
         "cycles": len(cycles),
         "identical": identical,
-        "kills": {
-            name: sum(kill["signal"] == name for kill in kills) for name in ("SIGKILL", "SIGTERM", "SIGINT", None)
-        },
+        "kills": {name: sent.count(name) for name in sorted(set(sent))},
         "tracebacks": tracebacks,
         "left_behind": sorted({name for cycle in cycles for name in cycle["left_behind"]}),
         "rss_mb": [min(memory), max(memory)],
