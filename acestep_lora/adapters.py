@@ -38,7 +38,8 @@ class Adapter:
         attention: adapt self-attention, cross-attention, both or none of them.
         mlp: adapt the feed-forward layers as well.
         layers: None for all, or ranges such as "8-23" or "0,4,8-11".
-        rank_pattern: module name in upstream's terms -> rank (0 leaves it out), or a YAML file with such a mapping.
+        rank_pattern: module name in upstream's terms -> rank (0 leaves it out), or a YAML file with such a mapping,
+            with or without an @ before its name.
         init_from: an adapter to start from (ours, PEFT's or LyCORIS's); it brings its own shape.
         name: what this kind of adapter is called; lr: the learning rate that suits it, which optimizer.lr follows.
         factor: LoKR's, read by `config`.
@@ -77,9 +78,13 @@ class Adapter:
         names = [f"{kind}.{projection}" for kind in kinds[self.attention] for projection in ATTENTION]
         names += [f"mlp.{projection}" for projection in MLP] if self.mlp else []
         every = [f"layers.{i}.{name}" for i in parse_layers(self.layers, depth) for name in names]
-        unknown = sorted(self.rank_pattern.keys() - set(every))
+        beyond = {name for name, rank in self.rank_pattern.items() if rank}.difference(every)
+        unknown = sorted(beyond | self.rank_pattern.keys() - set(adaptable(depth)))
         if unknown:
-            raise AdapterError(f"adapter.rank_pattern names {unknown[0]}, which is not among the adapted modules.")
+            raise AdapterError(
+                f"adapter.rank_pattern names {unknown[0]}, which is not among the adapted modules: adapter.attention, "
+                "adapter.mlp and adapter.layers say which they are."
+            )
         return [name for name in every if self.rank_pattern.get(name, self.r) > 0]
 
     def peft_config(self, dit: nn.Module) -> PeftConfig:
@@ -141,7 +146,7 @@ class Adapter:
 def read_pattern(pattern: dict | str | None) -> dict[str, int]:
     if isinstance(pattern, str):
         try:
-            pattern = yaml.safe_load(Path(pattern).expanduser().read_text(encoding="utf-8"))
+            pattern = yaml.safe_load(Path(pattern.removeprefix("@")).expanduser().read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise AdapterError(f"adapter.rank_pattern={pattern} cannot be read: {error}.") from None
     pattern = dict(pattern or {})
@@ -149,6 +154,13 @@ def read_pattern(pattern: dict | str | None) -> dict[str, int]:
     if bad:
         raise AdapterError(f"adapter.rank_pattern needs whole ranks from 0, got {bad[0]}: {pattern[bad[0]]}.")
     return {str(name): rank for name, rank in pattern.items()}
+
+
+def adaptable(depth: int) -> list[str]:
+    """Every module of a transformer with `depth` layers that an adapter can go onto, in upstream's terms."""
+    kinds = [f"{attention}.{projection}" for attention in ("self_attn", "cross_attn") for projection in ATTENTION]
+    kinds += [f"mlp.{projection}" for projection in MLP]
+    return [f"layers.{i}.{kind}" for i in range(depth) for kind in kinds]
 
 
 def parse_layers(layers: str | int | None, depth: int) -> list[int]:

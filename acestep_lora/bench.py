@@ -98,22 +98,30 @@ def matmul_rate(job: Job, device: torch.device) -> float:
     return flops / seconds(run, device)
 
 
-def peak_of(job: Job, device: torch.device) -> int:
-    """Bytes at the fullest moment of two real steps, as the allocator tells: on the CPU through torch's profiler."""
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the fullest moment of `run`, as the allocator tells: on the CPU through torch's profiler."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step = Step(job, job.module("cpu").to(device))
-        step.run(), step.run()
+        run()
         return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step = Step(job, job.module("cpu"))
-        step.run(), step.run()
+        run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
+    now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        most = max(most, now)
+    return most
+
+
+def peak_of(job: Job, device: torch.device) -> int:
+    """Bytes at the fullest moment of two real steps."""
+
+    def steps() -> None:
+        step = Step(job, job.module("cpu").to(device))
+        step.run(), step.run()
+
+    return peak(steps, device)
 
 
 def compare(jobs: list[Job], device: torch.device) -> list[Timing]:

@@ -39,6 +39,8 @@ _TOP_LEVEL = {
     "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",
     "generate": "model hardware adapter prompt lyrics duration bpm keyscale timesignature language instrumental "
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
+    "sensitivity": "dataset model conditioning timesteps adapter hardware seed repeats songs budget rank_step rank_max "
+    "keep top_k measured against output_dir",
     "export": "model adapter format output name approximate tolerance max_rank comfyui_dora",
 }
 

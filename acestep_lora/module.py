@@ -63,11 +63,14 @@ class FlowModule(L.LightningModule):
     # ------------------------------------------------------------ model
 
     def configure_model(self) -> None:
-        if self.dit is not None:
-            return
+        if self.dit is None:
+            self.load(self.trainer.strategy.root_device)
+
+    def load(self, device: torch.device) -> None:
+        """Read the base model's weights and put the adapter onto them; what is to be packed is packed on `device`."""
         dit = load_dit(self.base.dit, dtype=self.dtype_frozen)
         if self.quantize != "none":
-            pack(dit, self.quantize, self.trainer.strategy.root_device)
+            pack(dit, self.quantize, device)
         self.take(dit, *basemodel.constants(self.base))
 
     def take(self, dit: AceStepDiT, null: Tensor, silence: Tensor) -> None:
