@@ -33,7 +33,7 @@ def _told(path: str | Path) -> Iterator[None]:
         raise AdapterError(f"{path} cannot be used as an adapter: {error}") from None
 
 
-def _find(path: Path) -> Path:
+def find(path: Path) -> Path:
     """The weight file meant by a file, by an adapter's folder, or by a run's folder, which holds adapter/."""
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -55,7 +55,7 @@ def read(path: str | Path) -> Weights:
     """
     config = None
     with _told(path):
-        file = _find(Path(path).expanduser())
+        file = find(Path(path).expanduser())
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}

@@ -41,7 +41,8 @@ _TOP_LEVEL = {
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
     "sensitivity": "dataset model conditioning timesteps adapter hardware seed repeats songs budget rank_step rank_max "
     "keep top_k measured against output_dir",
-    "export": "model adapter format output name approximate tolerance max_rank comfyui_dora",
+    "export": "verb model adapter format output name dtype approximate tolerance max_rank size comfyui_dora tuned repo "
+    "private",
 }
 
 

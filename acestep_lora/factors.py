@@ -243,7 +243,7 @@ def lokr_factor(weights: Weights) -> int:
     raise Inexpressible("PEFT cannot express this LoKr: no decompose_factor gives the shapes of its factors.")
 
 
-# ---------------------------------------------------------------- what an adapter adds, and the nearest plain LoRA
+# ---------------------------------------------------------------- what an adapter adds
 
 
 @torch.no_grad()
@@ -270,21 +270,3 @@ def for_base_norm(weights: Weights, base: BaseWeight) -> Weights:
         ratio = weight.norm(dim=1) / (weight + change(factors)).norm(dim=1)
         modules[module] = factors | {MAGNITUDE: (factors[MAGNITUDE] * ratio).float()}
     return replace(weights, modules=modules)
-
-
-def nearest_lora(weights: Weights, base: BaseWeight, tolerance: float, max_rank: int | None) -> Weights:
-    """The plain LoRA of the smallest rank whose error is within `tolerance` (relative, Frobenius, per module).
-
-    metadata gets `svd_rank` and `svd_error`: the largest rank, and the largest error as measured on the result.
-    """
-    modules, errors = {}, []
-    for module in weights.modules:
-        target = delta(weights, module, base)
-        u, s, v = torch.linalg.svd(target, full_matrices=False)
-        left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # by a LoRA of rank 0, 1, ...
-        r = max(1, min(int((left_out > tolerance * left_out[0]).sum()), max_rank or len(s)))
-        up, down = (u[:, :r] * s[:r]).float(), v[:r].float()
-        modules[module] = {"lora_A.weight": down, "lora_B.weight": up}
-        errors.append(float((up.double() @ down.double() - target).norm() / left_out[0].clamp_min(1e-300)))
-    measured = {"svd_rank": str(max(map(rank, modules.values()))), "svd_error": f"{max(errors):.1e}"}
-    return Weights("LORA", modules, {}, weights.metadata | measured)

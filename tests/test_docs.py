@@ -136,7 +136,7 @@ def home(tmp_path_factory, run) -> Path:
         shutil.copy(file, songs)
     (folder / "song.txt").write_text("[Verse 1]\nLanterns on the water\n", encoding="utf-8")
     shutil.copy(folder / "song.txt", folder / "words.txt")
-    run("trainer.max_steps=2", "trainer.accumulate_grad_batches=1", folder=folder / "runs/mine")
+    run("trainer.max_steps=2", "trainer.accumulate_grad_batches=1", folder=folder / "trained")
     return folder
 
 
@@ -147,7 +147,7 @@ def perform(home, monkeypatch, capsys):
     handlers, level = list(root.handlers), root.level
 
     def go(name: str, arguments: list[str]) -> tuple[int, str]:
-        given = on_nano(name, arguments, home / "songs", home / "runs/mine")
+        given = on_nano(name, arguments, home / "songs", home / "trained")
         monkeypatch.setattr(sys, "argv", [name, *given])
         script = cli.ROOT / f"{name}.py"
         with pytest.raises(SystemExit) as end:

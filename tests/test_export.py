@@ -1,10 +1,14 @@
 """Every exported file, read by the consumer it is for, must give the trained model's output."""
 
+import base64
 import copy
+import dataclasses
 import functools
+import http.server
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from acestep_lora import export, factors
+from acestep_lora import export, factors, lowrank
 from acestep_lora.adapter_files import apply_adapter, read
 from acestep_lora.adapters import AdapterError
 from acestep_lora.dit import AceStepDiT, load_dit
@@ -575,7 +579,7 @@ def test_a_kind_of_peft_that_nothing_here_knows(kind, options, inputs, base_weig
 def test_svd_error_is_the_measured_one(trained, base_weights):
     state, config, _ = trained(("loha", "mlp"))
     weights = factors.parse(state, config.to_dict(), {})
-    exact, rough = (factors.nearest_lora(weights, frozen, 1e-6, max_rank) for max_rank in (None, 2))
+    exact, rough = (lowrank.nearest_lora(weights, frozen, lowrank.Limits(max_rank=r)) for r in (None, 2))
     assert exact.metadata["svd_rank"] == "9" and float(exact.metadata["svd_error"]) <= 1e-6
     errors = []
     for module in weights.modules:
@@ -583,7 +587,7 @@ def test_svd_error_is_the_measured_one(trained, base_weights):
         errors.append(float((factors.change(rough.modules[module]) - target).norm() / target.norm()))
     assert rough.metadata["svd_rank"] == "2"
     assert float(rough.metadata["svd_error"]) == pytest.approx(max(errors), rel=0.05)
-    loose = factors.nearest_lora(weights, frozen, 0.3, None)
+    loose = lowrank.nearest_lora(weights, frozen, lowrank.Limits(tolerance=0.3))
     assert int(loose.metadata["svd_rank"]) < 9 and 1e-3 < float(loose.metadata["svd_error"]) <= 0.3
 
 
@@ -638,7 +642,11 @@ NO_BASE = "weights of the base model are needed.*model.path"
         (("oft", "vo"), ["format=lycoris", "approximate=svd"], NO_BASE),
         (("loha", "vo"), ["format=diffusers"], "diffusers loads LoRA, DoRA and LoKr, not LOHA.*approximate=svd"),
         (("dora", "vo"), ["format=comfyui"], NO_BASE),
-        (("dora", "vo"), [f"model.path={ROOT / 'data/models/nano'}"], "it was trained on another model"),
+        (
+            ("dora", "vo"),
+            ["format=comfyui", f"model.path={ROOT / 'data/models/nano'}"],
+            "it was trained on another model",
+        ),
         (("lora", "vo"), ["format=gguf"], "format must be one of .*, got gguf"),
         (("lora", "vo"), ["comfyui_dora=both"], "comfyui_dora must be .*, got both"),
         (("lora", "vo"), ["approximate=yes"], "approximate must be .*svd"),
@@ -654,6 +662,207 @@ def test_command_keeps_a_lokr_folder_apart(command, saved, tmp_path):
     (tmp_path / "lokr_weights.safetensors").touch()
     with pytest.raises(AdapterError, match="would load first"):
         command(saved(("lora", "vo")), "format=peft")
+
+
+# ---------------------------------------------------------------- merge, resize, extract, inspect, push
+
+
+@pytest.mark.parametrize("case", [("lora+pattern", "all"), ("lokr", "vo"), ("lokr_full", "vo"), ("loha", "mlp")])
+def test_singular_values_come_from_small_factors(case, saved):
+    """As LAPACK has them of the whole product, and the vectors rebuild it."""
+    weights = read(saved(case))
+    for module in weights.modules:
+        whole = factors.delta(weights, module, None)
+        found = lowrank.spectrum(weights, module, None)
+        expected = torch.linalg.svdvals(whole)[: len(found.s)]
+        torch.testing.assert_close(found.s[: len(expected)], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.u * found.s @ found.v, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second"), [("lora", "lora"), ("lora", "lokr"), ("dora", "loha")])
+def test_merged_adapters_do_what_they_do_together(first, second, command, saved, inputs, tmp_path):
+    paths = [saved((f"{first}+pattern", "all")), saved((second, "vo"))]
+    expected = fresh()
+    with torch.no_grad():
+        for path, scale in zip(paths, (1.0, -0.5), strict=True):
+            weights = read(path)
+            for module in weights.modules:
+                expected.get_submodule(module).weight += scale * factors.delta(weights, module, frozen).float()
+    given = [f"model.path={MODEL.parent}", f"model.variant={MODEL.name}"] if first == "dora" else []
+    assert command(f"[{paths[0]},{paths[1]}]", "verb=merge", "adapter.scale=[1,-0.5]", *given) == 0
+    close(applied(tmp_path, inputs), run(expected, inputs))
+    said = read(tmp_path).metadata
+    assert (said["trigger_tag"], said["merge_weights"], said["shift"]) == ("mytag", "1, -0.5", "3.0")
+
+
+def test_resized_is_the_nearest_of_its_rank(command, saved, tmp_path):
+    """Eckart and Young: what is lost are the singular values left out, nothing more."""
+    case = ("loha+pattern", "all")
+    assert command(saved(case), "verb=resize", "max_rank=3", "dtype=bfloat16") == 0
+    before, after = read(saved(case)), read(tmp_path)
+    assert {factors.rank(parts) for parts in after.modules.values()} == {3}
+    lost = whole = 0.0
+    for module in before.modules:
+        target = factors.change(before.modules[module])
+        tail = float(torch.linalg.svdvals(target)[3:].norm())
+        assert (factors.change(after.modules[module]) - target).norm() == pytest.approx(tail, rel=0.01)
+        lost, whole = lost + tail**2, whole + float(target.norm()) ** 2
+    assert float(after.metadata["svd_kept"]) == pytest.approx(1 - lost / whole, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.04, 0.1, 0.2])
+def test_a_size_is_kept_and_spent_where_the_adapter_does_most(size, command, saved, tmp_path):
+    """Any one rank for all that is no larger holds less."""
+    weights = read(saved(("lora+pattern", "all")))
+    louder = {
+        m: {k: t * (20 if "layers.2" in m and "B" in k else 1) for k, t in f.items()}
+        for m, f in weights.modules.items()
+    }
+    loud = tmp_path / "loud"
+    export.save_adapter(loud, dataclasses.replace(weights, modules=louder), export.Options("loud", frozen))
+    assert command(loud, "verb=resize", f"size={size}") == 0
+    files = [file for file in tmp_path.glob("*.safetensors") if "comfyui" not in file.name]
+    assert len(files) == 2 and all(file.stat().st_size <= size * 1e6 for file in files)
+    small = read(tmp_path)
+    spent = sum(t.numel() for parts in small.modules.values() for t in parts.values())
+    for r in range(1, 5):
+        flat = lowrank.nearest_lora(read(loud), frozen, lowrank.Limits(max_rank=r))
+        if sum(t.numel() for parts in flat.modules.values() for t in parts.values()) <= spent:
+            assert float(flat.metadata["svd_kept"]) <= float(small.metadata["svd_kept"]) + 1e-4
+    highest = max(small.modules, key=lambda module: factors.rank(small.modules[module]))
+    assert ".2." in highest
+
+
+def test_extract_finds_what_was_merged_into_a_model(configure, saved, inputs, trained, tmp_path, capsys):
+    case = ("lora", "vo")
+    weights, tuned = read(saved(case)), tmp_path / "models" / MODEL.name
+    shutil.copytree(MODEL, tuned)
+    state = load_file(tuned / "model.safetensors")
+    for module in weights.modules:
+        key = f"decoder.{to_upstream(module)}.weight"
+        state[key] = state[key] + factors.change(weights.modules[module]).to(state[key].dtype)
+    norm = next(key for key in state if key.startswith("decoder.layers.0.") and "norm" in key)
+    state[norm] = state[norm] + 0.5
+    save_file(state, tuned / "model.safetensors")
+    given = [f"model.path={MODEL.parent}", f"model.variant={MODEL.name}", f"tuned={tuned.parent}", "max_rank=4"]
+    cfg = configure("export", "verb=extract", "adapter.path=null", f"output={tmp_path / 'out'}", *given)
+    assert export.main(cfg) == 0 and "of it lay elsewhere" in capsys.readouterr().out
+    found = read(tmp_path / "out")
+    assert found.modules.keys() == weights.modules.keys()
+    assert 0 < float(found.metadata["extract_outside"]) < 1
+    close(applied(tmp_path / "out", inputs), trained(case)[2])
+
+
+def test_inspect_says_what_is_in_a_file(command, saved, trained, capsys, tmp_path):
+    state, config, _ = trained(("lora+pattern", "all"))
+    for key in state:
+        if "layers.3" in key:
+            state[key] = 20 * state[key]
+    save(tmp_path / "loud", state, config)
+    assert command(tmp_path / "loud", "verb=inspect") == 0
+    said = capsys.readouterr().out
+    assert "trigger tag: mytag" in said and "shift: 3.0" in said and "LORA" in said
+    rows = {cells[1].strip(): cells for line in said.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["self_attn.q_proj"][2].strip() == "4" and rows["self_attn.q_proj"][3].strip() == "2-4"
+    assert said.split("first to last: ")[1][:4].endswith("█") and "█" not in said.split("first to last: ")[1][:3]
+    for kind in ("dora", "oft", "lokr"):
+        assert command(saved((kind, "vo")), "verb=inspect") == 0
+
+
+def test_inspect_of_an_untrained_adapter(command, capsys, tmp_path):
+    dit = fresh()
+    inject_adapter_in_model(config := config_of(("lora", "vo")), dit, "default")
+    save(tmp_path / "new", get_peft_model_state_dict(dit), config)
+    assert command(tmp_path / "new", "verb=inspect") == 0
+    assert "does nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["verb=shrink"], "shrink is none of convert, inspect, merge, resize, extract, push"),
+        (["verb=resize"], "How small is it to be.*max_rank=16"),
+        (["verb=resize", "size=0.001"], "too small for a single rank"),
+        (["verb=extract"], "Give tuned=FOLDER"),
+        (["verb=merge", "adapter.scale=[1,2]"], "2 strengths for 1 adapters"),
+        (["verb=push"], "repo=YOUR_NAME"),
+        (["dtype=int8"], "dtype must be one of float32, float16, bfloat16"),
+    ],
+)
+def test_tools_refuse(overrides, message, command, saved, tmp_path):
+    with pytest.raises(AdapterError, match=message):
+        command(saved(("lora", "vo")), *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as an upload of small files takes."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.path, self.headers["Authorization"], body))
+        name, home = "me/my-style", f"http://127.0.0.1:{self.server.server_port}"
+        answers = {
+            "/api/repos/create": {"url": f"{home}/{name}", "name": name},
+            "/api/validate-yaml": {"errors": [], "warnings": []},
+            f"/api/models/{name}/commit/main": {"commitUrl": f"{home}/{name}/commit/1", "commitOid": "1"},
+        }
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            answers[self.path] = {"files": files}
+        self._answer(answers[self.path])
+
+    def do_GET(self):
+        self._answer({"id": "me/my-style", "siblings": [], "sha": "0"})
+
+    def _answer(self, value):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_uploads_the_adapter_and_nothing_beside_it(command, saved, hub, capsys, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(saved(("lora", "vo")), folder)
+    (folder / "private.txt").write_text("not for anybody", encoding="utf-8")
+    assert command(folder, "verb=push", "repo=me/my-style") == 0
+    assert "me/my-style" in capsys.readouterr().out
+    asked = {path: body for path, _, body in hub.asked}
+    created = json.loads(asked["/api/repos/create"])
+    assert created.get("visibility") == "private" or created["private"] is True  # newer and older clients
+    assert {token for _, token, _ in hub.asked} == {"Bearer hf_secret"}
+    lines = [json.loads(line) for line in asked["/api/models/me/my-style/commit/main"].splitlines()]
+    sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+    assert sent.keys() == {file.name for file in folder.iterdir()} - {"private.txt"}
+    data = base64.b64decode(sent["adapter_model.safetensors"])
+    assert data == (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_push_without_credentials(command, saved, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(AdapterError, match="no credentials for the hub: hf auth login"):
+        command(saved(("lora", "vo")), "verb=push", "repo=me/x")
 
 
 # ---------------------------------------------------------------- untrusted files

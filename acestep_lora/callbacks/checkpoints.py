@@ -14,6 +14,7 @@ from acestep_lora.adapters import NAME
 from acestep_lora.callbacks.ema import AdapterEMA
 from acestep_lora.export import FORMATS, Options, save_adapter
 from acestep_lora.factors import parse
+from acestep_lora.lowrank import Limits
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ class Checkpoints(L.Callback):
         save_adapter(folder, weights, self._options(pl_module), formats)
 
     def _options(self, pl_module: L.LightningModule) -> Options:
-        return Options(self.name, pl_module.base_weight, comfyui_dora=self.comfyui_dora, max_rank=MAX_RANK)
+        return Options(
+            self.name, pl_module.base_weight, comfyui_dora=self.comfyui_dora, limits=Limits(max_rank=MAX_RANK)
+        )
 
     def _rotate(self) -> None:
         folders = checkpoint_folders(self.output_dir)
