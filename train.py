@@ -51,9 +51,12 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
         data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches)
         length = runs.plan_length(cfg, len(data.scan.tracks))
-        if runs.finished(run, length):
+        if runs.finished(cfg, run, length):
             return Result(
-                None, 0, f"{run.folder} is finished; a larger trainer.max_epochs or trainer.max_steps extends it."
+                None,
+                0,
+                f"{run.folder} is finished; a larger trainer.max_epochs, trainer.max_steps or early_stopping.patience "
+                "extends it.",
             )
         module = make_module(cfg, base, hardware, data.scan.tracks)  # first: a job that cannot fit ends here
         runs.save_config(cfg, run.folder)

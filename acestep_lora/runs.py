@@ -20,6 +20,7 @@ from acestep_lora import basemodel
 from acestep_lora.callbacks.checkpoints import Checkpoints, checkpoint_folders
 from acestep_lora.callbacks.ema import AdapterEMA
 from acestep_lora.callbacks.progress import progress_bar
+from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import write_atomic
@@ -148,17 +149,31 @@ def plan_length(cfg: DictConfig, tracks: int) -> Length:
     return Length(epochs, steps, total, validate, save, trainer.log_every_n_steps or min(10, max(1, total // 20)))
 
 
-def finished(run: Run, length: Length) -> bool:
-    """Whether the checkpoint already is the end of a run of this length."""
+def finished(cfg: DictConfig, run: Run, length: Length) -> bool:
+    """Whether the checkpoint already is the end of a run of this length, planned or early."""
     if run.step is None:
         return False
-    return length.max_steps == run.step or (length.max_epochs != -1 and run.epoch + 1 >= length.max_epochs)
+    if length.max_steps == run.step or (length.max_epochs != -1 and run.epoch + 1 >= length.max_epochs):
+        return True
+    early = early_stop(cfg)
+    state = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
+    if early is None or early.state_key not in state:
+        return False
+    early.load_state_dict(state[early.state_key])
+    return early.over
+
+
+def early_stop(cfg: DictConfig) -> EarlyStop | None:
+    options = cfg.early_stopping
+    return None if options.patience is None and options.target_loss is None else EarlyStop(cfg.metric, **options)
 
 
 def callbacks(cfg: DictConfig, run: Run, metadata: dict[str, str], length: Length) -> dict[str, Callback]:
     kept = {"progress": progress_bar(), "throughput": Throughput()}
     if cfg.ema.decay is not None:
         kept["ema"] = AdapterEMA(cfg.ema.decay)
+    if early := early_stop(cfg):
+        kept["early_stop"] = early
     kept["checkpoints"] = Checkpoints(
         run.folder,
         cfg.name,
