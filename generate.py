@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from acestep_lora import cli
 from acestep_lora.errors import UserError
-
-
-def as_list(value) -> list:
-    return list(value) if isinstance(value, ListConfig | list) else [] if value is None else [value]
 
 
 def read_lyrics(text: str) -> str:
@@ -39,8 +35,8 @@ def read_metas(cfg: DictConfig) -> dict:
 
 def generate(cfg: DictConfig) -> list[Path]:
     """Write the clips, each with a spectrogram -> the files."""
-    paths = [str(path) for path in as_list(cfg.adapter.path)]
-    scales = [float(scale) for scale in as_list(cfg.adapter.scale)]
+    paths = [str(path) for path in cli.as_list(cfg.adapter.path)]
+    scales = [float(scale) for scale in cli.as_list(cfg.adapter.scale)]
     if len(scales) == 1:
         scales *= len(paths)
     if len(scales) != len(paths):

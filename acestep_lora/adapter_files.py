@@ -96,17 +96,29 @@ def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale
     """
     weights = read(path)
     check_fit(weights, dit, path)
-    if scale != 1 and weights.kind not in FOLDED:
-        raise AdapterError(f"A {weights.kind} adapter has no strength: adapter.scale must be 1, got {scale}.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(peft_config(weights), dit, name)
     cast_adapter_dtype(dit, name)  # before the values are set: bf16 would round them
     set_peft_model_state_dict(dit, peft_state(weights), name)
-    if scale != 1:
-        for module in weights.modules:
-            dit.get_submodule(module).set_scale(name, scale)
+    set_scale(dit, scale, name)
     for layer in dit.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter(list(dit.peft_config))  # PEFT leaves only the newest one active
     return set(weights.modules)
+
+
+def has_scale(dit: nn.Module, name: str = "default") -> bool:
+    """Whether the kind of an adapter on a transformer has a strength."""
+    return dit.peft_config[name].peft_type.value in FOLDED
+
+
+def set_scale(dit: nn.Module, scale: float, name: str = "default") -> None:
+    """Change the strength of an adapter on a transformer. Raises AdapterError for a kind that has none."""
+    if has_scale(dit, name):
+        for layer in dit.modules():
+            if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
+                layer.set_scale(name, scale)
+    elif scale != 1:
+        kind = dit.peft_config[name].peft_type.value
+        raise AdapterError(f"A {kind} adapter has no strength: adapter.scale must be 1, got {scale}.")

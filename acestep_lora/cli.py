@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from acestep_lora.errors import UserError
@@ -41,6 +41,8 @@ _TOP_LEVEL = {
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
     "sensitivity": "dataset model conditioning timesteps adapter hardware seed repeats songs budget rank_step rank_max "
     "keep top_k measured against output_dir",
+    "evaluate": "dataset model conditioning hardware adapter songs seed repeats clips duration steps shift "
+    "guidance_scale clap output_dir",
     "export": "verb model adapter format output name dtype approximate tolerance max_rank size comfyui_dora tuned repo "
     "private",
 }
@@ -93,6 +95,11 @@ def sentence(error: BaseException) -> str:
 def provider_files(groups: tuple[str, ...] = PROVIDER_GROUPS) -> list[Path]:
     """The YAML file of every provider that can be chosen."""
     return [file for group in groups for file in sorted((CONF / group).glob("*.yaml")) if file.stem != "none"]
+
+
+def as_list(value) -> list:
+    """What may be one or several, of a config: null is none."""
+    return list(value) if isinstance(value, ListConfig | list) else [] if value is None else [value]
 
 
 def is_sweep() -> bool:

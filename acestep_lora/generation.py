@@ -1,8 +1,8 @@
 """Prompt -> audio, through diffusers' AceStepPipeline whatever layout the base model has."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +11,14 @@ import soundfile
 import torch
 from diffusers import AceStepPipeline, AceStepTransformer1DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from acestep_lora import basemodel
 from acestep_lora.adapter_files import apply_adapter, read
 from acestep_lora.data.fields import INSTRUMENTAL
+from acestep_lora.data.track import Track
+from acestep_lora.dit import AceStepDiT
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import replacing
 
@@ -42,12 +45,61 @@ class Request:
         if self.duration <= 0 or self.steps < 1:
             raise UserError(f"duration={self.duration} and steps={self.steps} must both be above 0.")
 
+    @classmethod
+    def like(cls, track: Track, model: DictConfig, duration: float, seeds: list[int]) -> "Request":
+        """A song's own words, for at most `duration` seconds, by the sampling settings of a `model` config."""
+        return cls(
+            prompt=track.prompt(track.caption),
+            lyrics=track.lyrics,
+            duration=min(duration, track.duration),
+            bpm=track.bpm,
+            keyscale=track.keyscale,
+            timesignature=track.timesignature,
+            language=track.language,
+            steps=model.steps,
+            shift=model.shift,
+            guidance_scale=model.guidance_scale,
+            seeds=seeds,
+        )
 
-def load_pipeline(base: basemodel.BaseModel, dtype: torch.dtype, device: str, timbre_token: bool | None = None):
-    """The whole model as a pipeline: diffusers' own classes, read by the same code that training reads with."""
+
+class Sampled(nn.Module):
+    """A transformer in training, as a pipeline calls one: by upstream's names, under the training's `autocast`."""
+
+    def __init__(self, dit: AceStepDiT, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        super().__init__()
+        self.dit, self.autocast, self.config = dit, autocast, dit.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dit.proj_in_conv.weight.dtype  # of the frozen weights; the adapter's are float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.proj_in_conv.weight.device
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, context_latents: Tensor, **_
+    ) -> tuple[Tensor]:
+        with self.autocast():
+            v = self.dit(hidden_states, timestep, encoder_hidden_states, context_latents)
+        return (v.to(hidden_states.dtype),)
+
+
+def load_pipeline(
+    base: basemodel.BaseModel,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    timbre_token: bool | None = None,
+    transformer: nn.Module | None = None,
+):
+    """The whole model as a pipeline: diffusers' own classes, read by the same code that training reads with.
+
+    transformer: one that is there already.
+    """
     text_encoder, tokenizer = basemodel.load_text_encoder(base, dtype, device)
-    transformer = basemodel.build(AceStepTransformer1DModel, base.dit, "decoder", dtype, device)
-    return AceStepPipeline(
+    transformer = transformer or basemodel.build(AceStepTransformer1DModel, base.dit, "decoder", dtype, device)
+    pipeline = AceStepPipeline(
         vae=basemodel.load_vae(base, dtype, device),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -55,6 +107,8 @@ def load_pipeline(base: basemodel.BaseModel, dtype: torch.dtype, device: str, ti
         condition_encoder=basemodel.load_condition_encoder(base, dtype, device, timbre_token),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
     )
+    pipeline.set_progress_bar_config(desc="generating", leave=False)
+    return pipeline
 
 
 def add_adapters(pipeline, paths: list[str], scales: list[float]) -> None:
@@ -113,7 +167,6 @@ def negative(pipeline, request: Request) -> Iterator[None]:
 
 def generate(pipeline, request: Request) -> list[Tensor]:
     """Audio [2, samples] in [-1, 1] at the pipeline's rate, one per seed; noise is drawn on the CPU."""
-    pipeline.set_progress_bar_config(desc="generating", leave=False)
     # The noise is drawn here: the pipeline's own is a frame too long for some fractional durations (28 frames at 25 Hz)
     frames = math.ceil(request.duration * pipeline.latents_per_second)
     shape = (1, frames, pipeline.transformer.config.audio_acoustic_hidden_dim)
@@ -137,6 +190,13 @@ def generate(pipeline, request: Request) -> list[Tensor]:
     return [clip.float().cpu() for clip in clips]
 
 
+@torch.no_grad()
+def decode(pipeline, latents: Tensor) -> Tensor:
+    """Latents [t, c] as audio [2, samples], as loud as the pipeline makes its clips: with a peak of -1 dB."""
+    audio = pipeline.vae.decode(latents.T[None].to(pipeline.vae.device, pipeline.vae.dtype)).sample[0].float().cpu()
+    return audio * (10 ** (-1 / 20) / audio.abs().max().clamp(min=1e-6))
+
+
 def trigger_tags(paths: list[str]) -> list[str]:
     """Trigger tags that the adapters' metadata name."""
     tags = [read(path).metadata.get("trigger_tag", "") for path in paths]
@@ -151,20 +211,22 @@ def write_audio(path: Path, audio: Tensor, rate: int) -> Path:
     return path
 
 
-def write_spectrograms(path: Path, clips: dict[str, Tensor], rate: int) -> Path:
-    """Mel spectrograms [2, samples] under their titles, side by side on one decibel scale, as a PNG."""
+def write_spectrograms(path: Path, clips: Sequence[dict[str, Tensor]], rate: int) -> Path:
+    """Mel spectrograms of clips [2, samples] under their titles on one decibel scale, a row each, as a PNG."""
     import librosa
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(clips), 3.5), layout="constrained")
-    for axes, (title, audio) in zip(figure.subplots(1, len(clips), squeeze=False)[0], clips.items(), strict=True):
-        mel = librosa.feature.melspectrogram(y=audio.mean(0).numpy(), sr=rate, n_mels=96, n_fft=1024, hop_length=256)
-        seconds = audio.shape[-1] / rate
-        decibels = librosa.power_to_db(mel, ref=1.0, top_db=None)
-        axes.imshow(
-            decibels, origin="lower", aspect="auto", extent=(0, seconds, 0, 96), vmin=-60, vmax=30, cmap="magma"
-        )
-        axes.set(title=title, xlabel="seconds", ylabel="mel band")
+    columns = max(len(row) for row in clips)
+    figure = Figure(figsize=(6 * columns, min(3.5 * len(clips), 600)), layout="constrained")
+    for places, row in zip(figure.subplots(len(clips), columns, squeeze=False), clips, strict=True):
+        for axes, (title, audio) in zip(places, row.items(), strict=True):
+            mel = librosa.feature.melspectrogram(
+                y=audio.mean(0).numpy(), sr=rate, n_mels=96, n_fft=1024, hop_length=256
+            )
+            decibels = librosa.power_to_db(mel, ref=1.0, top_db=None)
+            extent = (0, audio.shape[-1] / rate, 0, 96)
+            axes.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=30, cmap="magma")
+            axes.set(title=title, xlabel="seconds", ylabel="mel band")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
     return path
@@ -179,15 +241,17 @@ def write(
     suffix: str = "wav",
     compare: bool = False,
 ) -> list[Path]:
-    """A clip and its spectrogram per seed; with `compare`, also the same seeds without the adapters, side by side."""
+    """A clip per seed; with `compare`, also the same seeds without the adapters. One PNG shows all their spectrograms,
+    a row for each seed."""
     before = generate(pipeline, request) if compare and paths else []
     add_adapters(pipeline, paths, scales)
-    rate, written = pipeline.sample_rate, []
+    rate, written, pictures = pipeline.sample_rate, [], []
     for i, (seed, clip) in enumerate(zip(request.seeds, generate(pipeline, request), strict=True)):
-        clips = {f"seed {seed}": clip}
+        pictures.append({f"seed {seed}": clip})
         written.append(write_audio(folder / f"seed_{seed}.{suffix}", clip, rate))
         if before:
-            clips = {f"seed {seed}, base model": before[i], f"seed {seed}, with adapter": clip}
+            pictures[-1] = {f"seed {seed}, base model": before[i], f"seed {seed}, with adapter": clip}
             written.append(write_audio(folder / f"seed_{seed}_base.{suffix}", before[i], rate))
-        written.append(write_spectrograms(folder / f"seed_{seed}.png", clips, rate))
-    return written
+    first, last = request.seeds[0], request.seeds[-1]
+    name = f"seed_{first}.png" if first == last else f"seeds_{first}-{last}.png"
+    return [*written, write_spectrograms(folder / name, pictures, rate)]

@@ -34,20 +34,30 @@ class Card:
     fields: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def picture_url(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.picture).decode()}"
-
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and any of: a note, histograms (title -> label -> count), a table (first row: head), cards."""
+    """A heading and any of: a note, histograms (title -> label -> count), a table (first row: head), cards, points,
+    figures (what they show -> PNG), a grid of cards (row -> column -> card)."""
 
     title: str
     note: str = ""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     table: Sequence[Sequence[str]] = ()
     cards: Sequence[Card] = ()
+    points: Sequence[str] = ()
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    grid: Mapping[str, Mapping[str, Card]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """Those of the grid, in the order in which its rows name them."""
+        return list(dict.fromkeys(column for row in self.grid.values() for column in row))
+
+
+def embedded(png: bytes) -> str:
+    """A PNG as a URL that needs no file."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def link(file: Path, page: Path) -> str:
@@ -58,9 +68,12 @@ def link(file: Path, page: Path) -> str:
         return file.absolute().as_uri()
 
 
-def write_page(path: Path, title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> Path:
-    """Write a page headed by a title and a line of facts."""
-    stream = _TEMPLATES.get_template("page.html").stream(title=title, facts=facts, sections=sections)
+def write_page(
+    path: Path, title: str, facts: Mapping[str, str], sections: Sequence[Section], refresh: int | None = None
+) -> Path:
+    """Write a page headed by a title and a line of facts. refresh: seconds after which a browser reads it again."""
+    values = {"title": title, "facts": facts, "sections": sections, "refresh": refresh, "embedded": embedded}
+    stream = _TEMPLATES.get_template("page.html").stream(values)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(stream)
     return path

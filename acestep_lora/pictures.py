@@ -1,4 +1,4 @@
-"""Songs as small pictures: the waveform above the mel spectrogram, in sixteen colours.
+"""Songs as small pictures: the waveform above the mel spectrogram, in sixteen colours. And curves.
 
 Size and memory depend on the picture, not on the song: every column is made from its own stretch of the file, and at
 four bits per pixel a picture of the default size stays under 12 KB whatever it shows.
@@ -6,6 +6,8 @@ four bits per pixel a picture of the default size stays under 12 KB whatever it 
 
 import hashlib
 import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import librosa
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image
 
 from acestep_lora.data.audio import Spool, spool
@@ -75,3 +78,42 @@ def _waveform(extremes: np.ndarray, height: int) -> np.ndarray:
     low, high = (1 - extremes.clip(-1, 1).T) / 2 * (height - 1)
     rows = np.arange(height)[:, None]
     return np.where((rows >= np.floor(high)) & (rows <= np.ceil(low)), _WAVE, _CLEAR).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- curves
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over one axis: label -> (x, y), both of one length. Labels in `faint` are drawn as a background."""
+
+    title: str
+    x: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    faint: Sequence[str] = ()
+    marks: Mapping[str, float] = field(default_factory=dict)  # label -> x of a vertical line
+
+
+def draw_curves(panels: Sequence[Panel], columns: int = 2) -> bytes:
+    """A PNG of panels in rows. A label has the same colour in all of them; a curve of one point is a dot."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 3.4 * rows), layout="constrained")
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    colours = {label: f"C{i}" for i, label in enumerate(labels)}
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, axes in zip(panels, places, strict=False):
+        for label, (x, y) in panel.curves.items():
+            style = {"alpha": 0.25, "linewidth": 0.8} if label in panel.faint else {"linewidth": 1.6}
+            dots = "o" if len(x) < 12 else None
+            axes.plot(x, y, color=colours[label], label=label, marker=dots, markersize=4, **style)
+        for label, x in panel.marks.items():
+            axes.axvline(x, color="grey", linestyle=":", label=label)
+        axes.set(title=panel.title, xlabel=panel.x)
+        axes.grid(alpha=0.2)
+        if panel.curves or panel.marks:
+            axes.legend(fontsize=8)
+    for axes in list(places):  # those left over
+        axes.set_axis_off()
+    png = io.BytesIO()
+    figure.savefig(png, dpi=90, format="png")
+    return png.getvalue()

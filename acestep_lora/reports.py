@@ -27,23 +27,12 @@ def print_table(data: LatentDataModule, console: Console | None = None) -> None:
 
 
 def samples(cfg: DictConfig, folder: Path, base: BaseModel, hardware: Hardware, data: LatentDataModule) -> list[Path]:
-    """One clip with the adapter and one without, from the same seed and a held-out song's own words."""
+    """Clips with and without the adapter from the same seeds and a held-out song's own words, in one picture, too."""
     if not (folder / "adapter").is_dir():
         return []  # adapter=none
+    seconds = 10.0 if cfg.model.name == "nano" else 30.0
     track = data.val_set.songs[0].track
-    request = generation.Request(
-        prompt=track.prompt(track.caption),
-        lyrics=track.lyrics,
-        duration=min(10.0, track.duration) if cfg.model.name == "nano" else min(30.0, track.duration),
-        bpm=track.bpm,
-        keyscale=track.keyscale,
-        timesignature=track.timesignature,
-        language=track.language,
-        steps=cfg.model.steps,
-        shift=cfg.model.shift,
-        guidance_scale=cfg.model.guidance_scale,
-        seeds=[cfg.seed],
-    )
+    request = generation.Request.like(track, cfg.model, seconds, seeds=[cfg.seed, cfg.seed + 1])
     pipeline = generation.load_pipeline(base, hardware.dtype, hardware.device, cfg.model.timbre_token)
     return generation.write(pipeline, request, [str(folder / "adapter")], [1.0], folder / "samples", compare=True)
 

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -110,6 +110,18 @@ def log_to(folder: Path) -> Iterator[None]:
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """What tells paths apart: their parts without those that all begin or end with."""
+    parts = [Path(path).expanduser().resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
+        raise UserError(f"{twice} is given twice.")
+    for end in (0, -1):
+        while len(parts) > 1 and len({part[end] for part in parts}) == 1 and min(map(len, parts)) > 1:
+            parts = [part[1:] if end == 0 else part[:-1] for part in parts]
+    return ["/".join(part[-2:] if len(parts) == 1 else part) for part in parts]
 
 
 # ---------------------------------------------------------------- how long

@@ -154,7 +154,7 @@ def test_adapter_makes_audio(start, trained, tmp_path):
         f"output_dir={out}",
     )
     assert done.returncode == 0, done.stderr
-    names = {"seed_7.flac", "seed_7_base.flac", "seed_7.png", "seed_8.flac", "seed_8_base.flac", "seed_8.png"}
+    names = {"seed_7.flac", "seed_7_base.flac", "seed_8.flac", "seed_8_base.flac", "seeds_7-8.png"}
     assert {path.name for path in out.iterdir()} == names
     assert {Path(line).name for line in done.stdout.splitlines() if line.startswith(str(out))} == names
     assert "note: the prompt lacks the adapter's trigger tag 'nayutan, 星'" in done.stdout

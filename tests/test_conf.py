@@ -43,7 +43,7 @@ def composed(configure):
 
     def make(command: str, group: str, option: str) -> DictConfig:
         if (command, group, option) not in known:
-            filled = ["adapter.path=x", "output=x"] * (command == "export")
+            filled = {"export": ["adapter.path=x", "output=x"], "evaluate": ["adapter.path=x"]}.get(command, [])
             known[command, group, option] = configure(command, f"{group}={option}", *filled)
         return known[command, group, option]
 

@@ -276,7 +276,7 @@ def test_spectrogram_shows_the_sound(tmp_path):
     rate = 16000
     sweep = torch.from_numpy(librosa.chirp(fmin=100, fmax=6000, sr=rate, duration=2.0)).expand(2, -1).float()
     silence = torch.zeros(2, 2 * rate)
-    picture = imread(generation.write_spectrograms(tmp_path / "a.png", {"sweep": sweep, "silence": silence}, rate))
+    picture = imread(generation.write_spectrograms(tmp_path / "a.png", [{"sweep": sweep, "silence": silence}], rate))
     height, width = picture.shape[0], picture.shape[1]
     inside = picture[height // 10 : height * 5 // 6, :, :3].mean(-1)  # without title and axes
     sweep, silence = inside[:, width // 10 : width * 9 // 20], inside[:, width * 3 // 5 : width * 19 // 20]
@@ -286,7 +286,7 @@ def test_spectrogram_shows_the_sound(tmp_path):
 
 def test_spectrograms_share_one_scale(tmp_path):
     noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (2, 16000))).float()
-    picture = imread(generation.write_spectrograms(tmp_path / "a.png", {"loud": noise, "soft": noise / 100}, 16000))
+    picture = imread(generation.write_spectrograms(tmp_path / "a.png", [{"loud": noise, "soft": noise / 100}], 16000))
     row = picture[picture.shape[0] // 2, :, :3].mean(-1)
     quarter = len(row) // 4
     assert row[quarter - 40 : quarter + 40].mean() > row[3 * quarter - 40 : 3 * quarter + 40].mean() + 0.1
