@@ -12,6 +12,7 @@ def preprocess(cfg: DictConfig):
     from hydra.utils import instantiate
 
     from acestep_lora import reports, runs
+    from acestep_lora.processes import is_first
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
     data = instantiate(cfg.dataset, _partial_=True)(
@@ -22,6 +23,8 @@ def preprocess(cfg: DictConfig):
         timbre_token=cfg.model.timbre_token,
     )
     data.encode(**hardware.trainer_options())
+    if not is_first():
+        return data
     print(f"{len(data.songs)} songs in {data.cache.folder}, {data.made} of them made now")
     if cfg.prune:
         removed = data.cache.prune({song.entry.path for song in data.songs})

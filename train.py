@@ -22,8 +22,10 @@ def make_module(cfg: DictConfig, base, hardware, tracks: list):
     """The FlowModule of a run, its weights not yet read. Raises UserError for a job that does not fit into memory."""
     from hydra.utils import instantiate
 
-    from acestep_lora import plan
+    from acestep_lora import plan, sharding
 
+    if hardware.strategy == "fsdp2":
+        sharding.check(cfg.model.quantize, cfg.optimizer._target_)
     longest = max((track.duration for track in tracks), default=None)
     return instantiate(cfg.module, _partial_=True)(
         base,
@@ -41,6 +43,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
 
     from acestep_lora import loggers, reports, runs
     from acestep_lora.hashes import FileHashes
+    from acestep_lora.processes import is_first
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
     with runs.log_to(run.folder):
@@ -50,7 +53,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         wired = {"conditioning": instantiate(cfg.conditioning), "timesteps": instantiate(cfg.timesteps)}
         make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
         data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches)
-        length = runs.plan_length(cfg, len(data.scan.tracks))
+        length = runs.plan_length(cfg, len(data.scan.tracks), hardware.processes)
         if runs.finished(cfg, run, length):
             return Result(
                 None,
@@ -64,7 +67,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
         kept = runs.callbacks(cfg, run, metadata, length)
-        options = hardware.trainer_options() | {"precision": hardware.resolved_precision()}
+        options = hardware.trainer_options(shard=True) | {"precision": hardware.resolved_precision()}
         trainer = instantiate(
             cfg.trainer,
             **options,
@@ -77,23 +80,27 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
             default_root_dir=str(run.folder),
         )
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
-        if trainer.is_global_zero:
+        if is_first():
             reports.print_table(data)
             data.write_json(run.folder / "dataset.json", cfg.name)
             loggers.upload(trainer.loggers, run.folder, cfg.name)
         metric = trainer.callback_metrics.get(cfg.metric)
+        metric = None if metric is None else float(metric)
         module.dit = None
         del module, trainer
         gc.collect()
+        if not is_first():
+            return Result(metric, 0, "")
         if cfg.sample:
             reports.samples(cfg, run.folder, base, hardware, data)
         message = f"{kept['checkpoints'].verdict()}\n{reports.usage(cfg, run.folder)}"
-        return Result(None if metric is None else float(metric), len(data.bad), message)
+        return Result(metric, len(data.bad), message)
 
 
 def main(cfg: DictConfig) -> float | int | None:
     result = train(cfg, *cli.output_dir(cfg))
-    print(result.message)
+    if result.message:
+        print(result.message)
     if cli.is_sweep():
         return result.metric
     return cli.LEFT_OUT if result.left_out else 0

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from acestep_lora.errors import UserError
 from acestep_lora.overrides import quote_overrides
+from acestep_lora.processes import is_first
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -65,8 +67,11 @@ def quiet() -> None:
     """Keep the libraries' own chatter out of the way of what a musician needs to read."""
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "bitsandbytes"):
+    lightning = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")
+    for name in (*(f"lightning.{module}" for module in lightning), "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not is_first():
+        logging.getLogger("acestep_lora").setLevel(logging.WARNING)  # the first process tells the rest
 
 
 def sentence(error: BaseException) -> str:
@@ -106,6 +111,28 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def preprocess_command() -> str:
+    """What encodes the songs of this training: its choices of the groups that both commands have, and their values."""
+    if not HydraConfig.initialized():
+        return "python preprocess.py"
+    groups, config = ("dataset", "model", "conditioning", "hardware"), HydraConfig.get()
+    typed = [text for text in config.overrides.task if text.partition(".")[0] in groups]
+    return shlex.join(["python", "preprocess.py", *(f"{g}={config.runtime.choices[g]}" for g in groups), *typed])
+
+
+def check_launcher(cfg: DictConfig) -> None:
+    """Raises UserError for jobs of a sweep on several devices each, unless Slurm is there to start their processes."""
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN or config.launcher._target_.endswith(".SlurmLauncher"):
+        return
+    for key in ("devices", "num_nodes"):
+        if (value := cfg.hardware[key]) != 1:
+            raise UserError(
+                f"hardware.{key}={value} cannot be swept here, where each job is one process: add "
+                "hydra/launcher=submitit_slurm on a Slurm cluster, or start the runs one by one without -m."
+            )
+
+
 def main(command: str, run: Callable[[DictConfig], Any]) -> None:
     """Compose `conf/<command>.yaml` with the command line and call `run`.
 
@@ -114,23 +141,27 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
     register()
     sys.argv[1:] = quote_overrides(sys.argv[1:])
     trace, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR") == "1", "1"  # Hydra raises, we tell
-    codes = []
+    codes, told = [], set()
 
     def tell(error: Exception) -> None:
         if trace:
             raise error
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        if (text := f"error: {sentence(error)}") not in told:  # the jobs of a sweep may all have the same trouble
+            print(text, file=sys.stderr)
+        told.add(text)
         codes.append(1)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
     def entry(cfg: DictConfig) -> Any:
         quiet()
         try:
+            if "hardware" in cfg:
+                check_launcher(cfg)
             value = run(cfg)
         except _TOLD as error:
             tell(error)
             return math.nan  # a sweep goes on with its next job
-        if not is_sweep():
+        if not is_sweep() and is_first():  # the first of several processes judges; the others' codes would kill it
             codes.append(value)
         return value
 

@@ -16,8 +16,9 @@ class Hardware:
     """Options of one machine. `precision` None takes bfloat16 autocast where the device has it, else float32.
 
     Adapter weights and optimizer states are float32 in every precision; it decides the frozen base and the compute.
-    `recompute` is "none", "all", "auto" or a number of layers; `vram_gb` (GiB) is what "auto" fits into. `dataset` and
-    `trainer` follow `batch_size` and `accumulate_grad_batches`.
+    `strategy` is "auto", "ddp" (every device holds the model), "fsdp2" (the devices share it) or another that Lightning
+    knows by name. `recompute` is "none", "all", "auto" or a number of layers; `vram_gb` (GiB) is what "auto" fits into.
+    `dataset` and `trainer` follow `batch_size` and `accumulate_grad_batches`.
     """
 
     accelerator: str = "auto"
@@ -38,6 +39,8 @@ class Hardware:
             raise UserError(
                 f"hardware.precision={self.precision} would round the adapter's updates away: use {', '.join(_FROZEN)}."
             )
+        if self.strategy == "fsdp2" and self.resolved_precision() == "16-mixed":
+            raise UserError("hardware.strategy=fsdp2 does not train in float16: use hardware.strategy=ddp.")
         number = isinstance(self.recompute, int) and not isinstance(self.recompute, bool) and self.recompute >= 0
         if self.recompute not in ("none", "all", "auto") and not number:
             raise UserError(f"hardware.recompute={self.recompute} is not none, all, auto or a number of layers.")
@@ -87,11 +90,31 @@ class Hardware:
     def but(self, **changes) -> "Hardware":
         return replace(self, **changes)
 
-    def trainer_options(self) -> dict:
-        accelerator = {"cuda": "gpu"}.get(self.device, self.device)
+    @property
+    def processes(self) -> int:
+        """How many ranks a run has, one per device."""
+        devices = str(self.devices).strip("[] ")
+        if devices in ("auto", "-1"):
+            per_node = max(1, torch.cuda.device_count()) if self.device == "cuda" else 1
+        else:
+            per_node = len(devices.split(",")) if "," in devices else int(devices)
+        return per_node * self.num_nodes
+
+    def trainer_options(self, shard: bool = False) -> dict:
+        """Arguments of a Lightning Trainer; `shard` is for the module that knows how to be dealt out (fsdp2)."""
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        from acestep_lora.sharding import FSDP2
+
+        strategy = self.strategy
+        if strategy == "fsdp2":
+            strategy = FSDP2() if shard else "auto"
+        # Lightning's own requeueing would save elsewhere and resume from there, whatever `resume` says.
+        plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
         return {
-            "accelerator": accelerator,
+            "accelerator": {"cuda": "gpu"}.get(self.device, self.device),
             "devices": self.devices,
             "num_nodes": self.num_nodes,
-            "strategy": self.strategy,
+            "strategy": strategy,
+            "plugins": plugins,
         }

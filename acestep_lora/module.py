@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import lightning as L
 import torch
@@ -19,6 +20,7 @@ from acestep_lora.quantize import check as check_quantize
 from acestep_lora.quantize import quantize as pack
 from acestep_lora.quantize import weight_of
 from acestep_lora.randomness import key
+from acestep_lora.sharding import FSDP2, whole
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class FlowModule(L.LightningModule):
         if self.quantize != "none":
             pack(dit, self.quantize, device)
         self.take(dit, *basemodel.constants(self.base))
+        if isinstance(self.trainer.strategy, FSDP2):
+            self.trainer.strategy.shard(self.dit, self.dit.layers)
 
     def take(self, dit: AceStepDiT, null: Tensor, silence: Tensor) -> None:
         """Make a frozen transformer trainable. null [d]: the condition of unconditional training; silence [s, c]."""
@@ -155,9 +159,10 @@ class FlowModule(L.LightningModule):
         if self.global_step == self._logged_step:
             return  # inside an accumulation window
         self._logged_step = self.global_step
-        self.log("train/loss", self._loss[0] / self._loss[1], prog_bar=True)
         self.log("lr", self._lr)
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # the ranks speak to each other only then
+            loss, items = self.trainer.strategy.reduce(self._loss, reduce_op="sum")
+            self.log("train/loss", loss / items, prog_bar=True)
             self._loss.zero_()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -165,7 +170,7 @@ class FlowModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable().values(), gradient_clip_val or float("inf"))
-        self.log("train/grad_norm", norm)
+        self.log("train/grad_norm", whole(norm))
         if self.grad_norms_every_n_steps and (self.global_step + 1) % self.grad_norms_every_n_steps == 0:
             self.log_dict(self._block_norms())
 
@@ -175,7 +180,7 @@ class FlowModule(L.LightningModule):
         blocks: dict[str, list[int]] = {}
         for i, name in enumerate(trained):
             blocks.setdefault(".".join(name.split(".")[1:3]), []).append(i)
-        norms = torch.stack(torch._foreach_norm(list(trained.values())))
+        norms = torch.stack([whole(norm) for norm in torch._foreach_norm(list(trained.values()))])
         return {f"grad_norm/{block}": norms[indices].norm() for block, indices in blocks.items()}
 
     # ------------------------------------------------------------ validation
@@ -207,9 +212,15 @@ class FlowModule(L.LightningModule):
     # ------------------------------------------------------------ results
 
     def adapter_state(self) -> dict[str, Tensor]:
-        return adapters.state(self.dit)
+        """The adapter's tensors, whole; every rank has to call it."""
+        return {name: whole(tensor) for name, tensor in adapters.state(self.dit).items()}
 
     def base_weight(self, module: str) -> Tensor:
         """The frozen weight under an adapted module, named in diffusers' terms."""
-        layer = self.dit.get_submodule(module)
+        shared = isinstance(self.trainer.strategy, FSDP2)  # then it is read anew: only the first rank asks
+        layer = (self._unshared if shared else self.dit).get_submodule(module)
         return weight_of(layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
+
+    @cached_property
+    def _unshared(self) -> AceStepDiT:
+        return load_dit(self.base.dit, self.dtype_frozen)

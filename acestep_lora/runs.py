@@ -25,6 +25,7 @@ from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import write_atomic
 from acestep_lora.loggers import MetricsCSV
+from acestep_lora.processes import is_first
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,13 @@ def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given
         name: of the run; `resume=auto` looks for its newest run beside `folder` when no output folder was `given`.
         resume: None, "auto", or a checkpoint (its folder or its state.ckpt).
 
+    Of several processes the first decides and writes; the others only need to know the checkpoint.
+
     Raises:
         UserError: the folder is in use, or the checkpoint cannot be read.
     """
+    if resume is None and not is_first():
+        return Run(folder)
     if resume is None:
         if folder.is_dir() and any(folder.iterdir()):
             if not overwrite:
@@ -95,7 +100,10 @@ def _intact(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
-    """Everything that is logged inside the block, in `train.log` of the run."""
+    """Everything that is logged inside the block, in `train.log` of the run; of several processes, by the first."""
+    if not is_first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -109,7 +117,8 @@ def log_to(folder: Path) -> Iterator[None]:
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+    if is_first():
+        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
 
 
 def labels(paths: Sequence[str]) -> list[str]:
@@ -145,11 +154,12 @@ class Length:
     log_every_n_steps: int
 
 
-def plan_length(cfg: DictConfig, tracks: int) -> Length:
+def plan_length(cfg: DictConfig, tracks: int, processes: int = 1) -> Length:
     """Fill in what the config leaves open: epochs by the recipe, about 40 validations and 10 checkpoints per run."""
     trainer = cfg.trainer
     held_out = max(1, round(tracks * cfg.dataset.val_fraction)) if tracks >= 5 and cfg.dataset.val_fraction else 0
-    steps_per_epoch = math.ceil((tracks - held_out) / (cfg.dataset.batch_size * trainer.accumulate_grad_batches))
+    items_per_step = cfg.dataset.batch_size * trainer.accumulate_grad_batches * processes
+    steps_per_epoch = math.ceil((tracks - held_out) / items_per_step)
     steps = -1 if trainer.max_steps is None else trainer.max_steps
     epochs = trainer.max_epochs
     if epochs is None:
@@ -201,7 +211,9 @@ def callbacks(cfg: DictConfig, run: Run, metadata: dict[str, str], length: Lengt
 
 
 def loggers(cfg: DictConfig, run: Run) -> list[Logger]:
-    """metrics.csv, and whatever `logger=` names."""
+    """metrics.csv, and whatever `logger=` names; of several processes, the first one logs."""
+    if not is_first():
+        return []
     return [MetricsCSV(run.folder, run.step), *(instantiate(node)(save_dir=run.folder) for node in cfg.logger.values())]
 
 

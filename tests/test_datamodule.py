@@ -726,7 +726,7 @@ def test_several_devices_want_songs_encoded_before(make, folder, tmp_path):
     """A multi-device predict inside prepare_data would hang."""
     data = make(dir=str(folder), cache_dir=str(tmp_path / "empty"))
     data.trainer = SimpleNamespace(global_rank=0, world_size=2)
-    with pytest.raises(DatasetError, match="run preprocess.py"):
+    with pytest.raises(DatasetError, match="run python preprocess.py"):
         data.prepare_data()
     assert not (tmp_path / "empty").exists()
 

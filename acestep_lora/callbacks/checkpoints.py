@@ -122,11 +122,13 @@ class Checkpoints(L.Callback):
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path, formats=QUICK) -> None:
         """Write the adapter as it is now, averaged when EMA is on; all formats only where they are worth their time."""
         peft = getattr(pl_module.dit, "peft_config", None)
-        if not trainer.is_global_zero or peft is None:
+        if peft is None:
             return
         ema = next((callback for callback in trainer.callbacks if isinstance(callback, AdapterEMA)), None)
         with ema.applied(pl_module) if ema else nullcontext():
             state = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.adapter_state().items()}
+        if not trainer.is_global_zero:
+            return
         weights = parse(state, peft[NAME].to_dict(), self.metadata)
         save_adapter(folder, weights, self._options(pl_module), formats)
 

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from acestep_lora.errors import UserError
+from acestep_lora.sharding import dealt_like, local, whole
 
 
 class AdapterEMA(L.Callback):
@@ -22,16 +23,17 @@ class AdapterEMA(L.Callback):
         self.average: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        weights = pl_module.trainable()
-        self.average = {name: self.average.get(name, w.detach()).clone().to(w.device) for name, w in weights.items()}
+        for name, weight in pl_module.trainable().items():
+            kept = self.average.get(name)
+            self.average[name] = weight.detach().clone() if kept is None else dealt_like(kept.to(weight.device), weight)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_) -> None:
         if trainer.global_step == self.steps:
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        weights = [weight.detach() for weight in pl_module.trainable().values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        weights = [local(weight.detach()) for weight in pl_module.trainable().values()]
+        torch._foreach_lerp_([local(average) for average in self.average.values()], weights, 1 - decay)
 
     @contextmanager
     def applied(self, pl_module: L.LightningModule) -> Iterator[None]:
@@ -44,7 +46,10 @@ class AdapterEMA(L.Callback):
 
     def _swap(self, pl_module: L.LightningModule) -> None:
         for name, weight in pl_module.trainable().items():
-            weight.data, self.average[name] = self.average[name], weight.data
+            weight, average = local(weight.detach()), local(self.average[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.average:
@@ -55,7 +60,7 @@ class AdapterEMA(L.Callback):
             self._swap(pl_module)
 
     def state_dict(self) -> dict:
-        return {"average": self.average, "steps": self.steps}
+        return {"average": {name: whole(average) for name, average in self.average.items()}, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         self.average, self.steps = state["average"], state["steps"]

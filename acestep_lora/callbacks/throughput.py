@@ -19,7 +19,8 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Batch, *_) -> None:
         self.frames = self.frames + batch.frames.sum()
         if trainer.global_step - self.step >= trainer.log_every_n_steps:
-            pl_module.log("perf/frames_per_s", float(self.frames) / (time.monotonic() - self.since))
+            frames = trainer.strategy.reduce(self.frames, reduce_op="sum")
+            pl_module.log("perf/frames_per_s", float(frames) / (time.monotonic() - self.since))
             self._restart(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

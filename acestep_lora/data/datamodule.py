@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from acestep_lora import cli
 from acestep_lora.basemodel import BaseModel
 from acestep_lora.conditioning import Conditioning
 from acestep_lora.data.cache import Cache, CacheError, read_upstream
@@ -40,11 +41,18 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict:
-        return {"taken": self.taken}
+        return {"taken": self.taken, "of": len(self.batch_sampler), "cut": self.batch_sampler.cut}
 
     def load_state_dict(self, state: dict) -> None:
-        taken = state["taken"]
-        self.batch_sampler.start = taken if taken < len(self.batch_sampler) else 0
+        if state["taken"] >= state["of"]:
+            return  # the epoch is over
+        if state["cut"] != self.batch_sampler.cut:
+            was, now = (" x ".join(map(str, cut)) for cut in (state["cut"], self.batch_sampler.cut))
+            raise DatasetError(
+                f"The checkpoint is inside an epoch of {was} songs a step (batch_size, accumulate_grad_batches and "
+                f"devices) and not {now}: resume with the same, or from a checkpoint at the end of an epoch."
+            )
+        self.batch_sampler.start = state["taken"]
 
 
 def _reasons(bad: list[tuple[Path, str]]) -> str:
@@ -151,8 +159,8 @@ class LatentDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Encode what the cache lacks, on one device (train.py); preprocess.py calls `encode` on as many as it has."""
         if self.trainer is not None and self.trainer.world_size > 1:
-            if self.encode(run=False):
-                raise DatasetError("Some songs are not encoded yet: run preprocess.py with the same overrides first.")
+            if missing := self.encode(run=False):
+                raise DatasetError(f"{missing} songs are not encoded yet: run {cli.preprocess_command()} first.")
             return
         self.encode(accelerator=self.trainer.accelerator if self.trainer else "auto", devices=1)
 

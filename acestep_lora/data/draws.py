@@ -40,6 +40,7 @@ class EpochOrder(Sampler[list[Draw]]):
     def __init__(self, dataset, batch_size: int, accumulate: int, rank: int = 0, world: int = 1) -> None:
         self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
         self.rank, self.world, self.epoch, self.start = rank, world, 0, 0
+        self.cut = [batch_size, accumulate, world]
         self.items = sum(song.track.repeat for song in dataset.songs)
         self.sampler = self  # Lightning calls batch_sampler.sampler.set_epoch
 

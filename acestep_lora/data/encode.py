@@ -72,9 +72,9 @@ class Job:
 
 
 class BadFiles:
-    """What is wrong with songs that no decoder here could read, by content: they are not tried at every start.
+    """What is wrong with songs that could not be decoded or put into words: they are not tried at every start.
 
-    A changed file, other settings and another decoder are another key.
+    A changed file, other words, other settings and another decoder are another key.
     """
 
     def __init__(self, store: Path) -> None:
@@ -89,7 +89,8 @@ class BadFiles:
         return self.known.get(self._key(job), "")
 
     def _key(self, job: Job) -> str:
-        return digest(job.audio_key, job.track.path.name, self.decoders)
+        """Of its words once it has latents, of its file before."""
+        return job.text_key or digest(job.audio_key, job.track.path.name, self.decoders)
 
     def remember(self, jobs: list[Job]) -> None:
         """Of jobs that were just tried."""
@@ -142,6 +143,8 @@ class Encoder:
             return job
         job.problem = self.bad.problem(job)
         self.complete(job, self.cache.lender(job.audio_key))
+        if not job.ready:
+            job.problem = job.problem or self.bad.problem(job)
         return job
 
     def complete(self, job: Job, latents: Entry | None) -> None:
@@ -200,6 +203,7 @@ class Encoder:
                 lambda encoders: self._predict(encoders, DataLoader(range(len(text)), batch_size=None), trainer),
             )
             self._share(jobs)
+            self.bad.remember(text)
         for job in jobs:
             if job.ready:  # so the latents alone, which copies of a song may share, have served
                 self.cache.path(job.track, job.audio_key).unlink(missing_ok=True)
