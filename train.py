@@ -66,7 +66,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
-        kept = runs.callbacks(cfg, run, metadata, length)
+        kept = runs.callbacks(cfg, run, metadata, length, base, hardware)
         options = hardware.trainer_options(shard=True) | {"precision": hardware.resolved_precision()}
         trainer = instantiate(
             cfg.trainer,

@@ -192,7 +192,7 @@ class Judge:
         transformer = generation.Sampled(module.dit, partial(self.hardware.autocast, module.device))
         if self.pipeline is None:
             device, token = self.hardware.device, self.cfg.model.timbre_token
-            self.pipeline = generation.load_pipeline(self.base, self.hardware.dtype, device, token, transformer)
+            self.pipeline = generation.pipeline_around(transformer, self.base, self.hardware.dtype, device, token)
             self.pipeline.set_progress_bar_config(disable=True)
             self.real = self._described(played(self.pipeline, self.songs, self.cfg.duration, max(16, self.cfg.clips)))
         self.pipeline.transformer = transformer

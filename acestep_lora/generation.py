@@ -62,6 +62,18 @@ class Request:
             seeds=seeds,
         )
 
+    @property
+    def words(self) -> dict:
+        """What the text encoder is told, by the pipeline's names."""
+        return {
+            "prompt": self.prompt,
+            "lyrics": INSTRUMENTAL if self.instrumental or not self.lyrics else self.lyrics,
+            "vocal_language": "unknown" if self.instrumental else self.language,
+            "bpm": self.bpm,
+            "keyscale": self.keyscale or None,
+            "timesignature": self.timesignature or None,
+        }
+
 
 class Sampled(nn.Module):
     """A transformer in training, as a pipeline calls one: by upstream's names, under the training's `autocast`."""
@@ -87,18 +99,22 @@ class Sampled(nn.Module):
 
 
 def load_pipeline(
+    base: basemodel.BaseModel, dtype: torch.dtype, device: str | torch.device, timbre_token: bool | None = None
+) -> AceStepPipeline:
+    """The whole model as a pipeline: diffusers' own classes, read by the same code that training reads with."""
+    transformer = basemodel.build(AceStepTransformer1DModel, base.dit, "decoder", dtype, device)
+    return pipeline_around(transformer, base, dtype, device, timbre_token)
+
+
+def pipeline_around(
+    transformer: nn.Module | None,
     base: basemodel.BaseModel,
     dtype: torch.dtype,
     device: str | torch.device,
     timbre_token: bool | None = None,
-    transformer: nn.Module | None = None,
-):
-    """The whole model as a pipeline: diffusers' own classes, read by the same code that training reads with.
-
-    transformer: one that is there already.
-    """
+) -> AceStepPipeline:
+    """The other parts of the model, read, and a transformer that is there already."""
     text_encoder, tokenizer = basemodel.load_text_encoder(base, dtype, device)
-    transformer = transformer or basemodel.build(AceStepTransformer1DModel, base.dit, "decoder", dtype, device)
     pipeline = AceStepPipeline(
         vae=basemodel.load_vae(base, dtype, device),
         text_encoder=text_encoder,
@@ -119,24 +135,68 @@ def add_adapters(pipeline, paths: list[str], scales: list[float]) -> None:
 
 
 @torch.no_grad()
-def negative_condition(pipeline, request: Request) -> Tensor:
-    """States [1, l, d] of the negative prompt as an instrumental of the same duration, without metas."""
-    texts = pipeline.encode_prompt(
-        request.negative_prompt, INSTRUMENTAL, pipeline.device, "unknown", audio_duration=request.duration
-    )
+def condition(pipeline, duration: float, words: dict) -> Tensor:
+    """States [1, l, d] of a request's `words`, for so many seconds."""
+    texts = pipeline.encode_prompt(device=pipeline.device, audio_duration=duration, **words)
     names = ("text_hidden_states", "text_attention_mask", "lyric_hidden_states", "lyric_attention_mask")
     silence = pipeline.condition_encoder.silence_latent[:, : math.ceil(30 * pipeline.latents_per_second)]
     states, _ = pipeline.condition_encoder(
         **dict(zip(names, texts, strict=True)),
-        refer_audio_acoustic_hidden_states_packed=silence.to(pipeline.transformer.dtype),
+        refer_audio_acoustic_hidden_states_packed=silence.to(texts[0].dtype),
         refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=pipeline.device),
     )
     return states
 
 
+class Remembered(nn.Module):
+    """In a condition encoder's place, what it said of some requests; `current` is the one that is generated."""
+
+    def __init__(self, encoder: nn.Module, states: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("silence_latent", encoder.silence_latent.detach().clone())
+        self.register_buffer("null_condition_emb", encoder.null_condition_emb.detach().clone())
+        self.states, self.current = list(states), 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.silence_latent.device
+
+    def forward(self, **_) -> tuple[Tensor, None]:
+        return self.states[self.current].to(self.device), None
+
+
+class Remembering(AceStepPipeline):
+    """A pipeline whose condition encoder is `Remembered`, without a text encoder."""
+
+    def encode_prompt(self, *_, **__) -> tuple[None, None, None, None]:
+        return None, None, None, None
+
+
+def remember(
+    base: basemodel.BaseModel, requests: Sequence[Request], dtype: torch.dtype, device, timbre_token: bool | None
+) -> Callable[[nn.Module], Remembering]:
+    """Encode the words of requests and let the encoders go -> a function that makes a pipeline of a transformer.
+
+    Its VAE stays on the CPU.
+    """
+    pipeline = pipeline_around(None, base, dtype, device, timbre_token)
+    states = [condition(pipeline, request.duration, request.words).cpu() for request in requests]
+    vae, scheduler = pipeline.vae.cpu(), pipeline.scheduler
+    remembered = Remembered(pipeline.condition_encoder, states).cpu()
+
+    def make(transformer: nn.Module) -> Remembering:
+        parts = {"text_encoder": None, "tokenizer": None, "scheduler": scheduler}
+        made = Remembering(vae=vae, transformer=transformer, condition_encoder=remembered, **parts)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return make
+
+
 @contextmanager
 def negative(pipeline, request: Request) -> Iterator[None]:
-    """Inside the block, guidance leads away from the negative prompt instead of the model's null condition.
+    """Inside the block, guidance leads away from the negative prompt, as an instrumental of the same duration without
+    metas, instead of the model's null condition.
 
     Only the caption is negative, so lyrics and metas are strengthened as against the null condition. The pipeline runs
     both conditions as one batch, which needs equal lengths, and the transformer has no mask for padding; so the batch
@@ -148,7 +208,8 @@ def negative(pipeline, request: Request) -> Iterator[None]:
     if pipeline.is_turbo or request.guidance_scale <= 1:
         reason = "turbo models run without guidance" if pipeline.is_turbo else "guidance_scale=1 is no guidance"
         raise UserError(f"negative_prompt={request.negative_prompt!r} has no effect, as {reason}: leave it out.")
-    transformer, unwanted = pipeline.transformer, negative_condition(pipeline, request)
+    unwanted = {"prompt": request.negative_prompt, "lyrics": INSTRUMENTAL, "vocal_language": "unknown"}
+    transformer, unwanted = pipeline.transformer, condition(pipeline, request.duration, unwanted)
     plain = transformer.forward
 
     def apart(*, encoder_hidden_states: Tensor, **inputs) -> tuple[Tensor]:
@@ -165,8 +226,11 @@ def negative(pipeline, request: Request) -> Iterator[None]:
         del transformer.forward
 
 
-def generate(pipeline, request: Request) -> list[Tensor]:
-    """Audio [2, samples] in [-1, 1] at the pipeline's rate, one per seed; noise is drawn on the CPU."""
+def generate(pipeline, request: Request, output: str = "pt") -> list[Tensor]:
+    """Audio [2, samples] in [-1, 1] at the pipeline's rate, one per seed; noise is drawn on the CPU.
+
+    With output="latent" it stays latents [t, c], for `decode`.
+    """
     # The noise is drawn here: the pipeline's own is a frame too long for some fractional durations (28 frames at 25 Hz)
     frames = math.ceil(request.duration * pipeline.latents_per_second)
     shape = (1, frames, pipeline.transformer.config.audio_acoustic_hidden_dim)
@@ -175,17 +239,13 @@ def generate(pipeline, request: Request) -> list[Tensor]:
         for seed in request.seeds:
             generator = torch.Generator("cpu").manual_seed(seed)
             clips += pipeline(
-                prompt=request.prompt,
-                lyrics=INSTRUMENTAL if request.instrumental or not request.lyrics else request.lyrics,
+                **request.words,
                 audio_duration=request.duration,
-                vocal_language="unknown" if request.instrumental else request.language,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance_scale,
                 shift=request.shift,
-                bpm=request.bpm,
-                keyscale=request.keyscale or None,
-                timesignature=request.timesignature or None,
                 latents=randn_tensor(shape, generator, pipeline.device, pipeline.transformer.dtype),
+                output_type=output,
             ).audios
     return [clip.float().cpu() for clip in clips]
 

@@ -279,6 +279,19 @@ def predict_vae(cfg: DictConfig, base: basemodel.BaseModel | None) -> int:
     return meter.peak
 
 
+def predict_decode(base: basemodel.BaseModel, seconds: float, dtype: torch.dtype) -> int:
+    """Peak bytes of making audio of latents, for a preview: the VAE and a clip."""
+    from diffusers import AutoencoderOobleck
+
+    config = basemodel.accepted_config(base.vae, AutoencoderOobleck, "vae")
+    with torch.device("meta"):
+        vae = AutoencoderOobleck(**config).to(dtype).requires_grad_(False)
+    with FakeTensorMode(), Meter() as meter, torch.no_grad():
+        materialise(vae)
+        vae.decode(torch.randn(1, config["decoder_input_channels"], math.ceil(seconds * base.frame_rate), dtype=dtype))
+    return meter.peak
+
+
 def predict_text(cfg: DictConfig, hardware: Hardware, base: basemodel.BaseModel | None) -> int:
     """Peak bytes of encoding prompt and lyrics: text encoder and condition encoder."""
     from diffusers.pipelines.ace_step import AceStepConditionEncoder

@@ -19,10 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from acestep_lora import basemodel
 from acestep_lora.callbacks.checkpoints import Checkpoints, checkpoint_folders
 from acestep_lora.callbacks.ema import AdapterEMA
+from acestep_lora.callbacks.previews import Previews
 from acestep_lora.callbacks.progress import progress_bar
 from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.errors import UserError
+from acestep_lora.hardware import Hardware
 from acestep_lora.hashes import write_atomic
 from acestep_lora.loggers import MetricsCSV
 from acestep_lora.processes import is_first
@@ -190,7 +192,9 @@ def early_stop(cfg: DictConfig) -> EarlyStop | None:
     return None if options.patience is None and options.target_loss is None else EarlyStop(cfg.metric, **options)
 
 
-def callbacks(cfg: DictConfig, run: Run, metadata: dict[str, str], length: Length) -> dict[str, Callback]:
+def callbacks(
+    cfg: DictConfig, run: Run, metadata: dict[str, str], length: Length, base: basemodel.BaseModel, hardware: Hardware
+) -> dict[str, Callback]:
     kept = {"progress": progress_bar(), "throughput": Throughput()}
     if cfg.ema.decay is not None:
         kept["ema"] = AdapterEMA(cfg.ema.decay)
@@ -207,6 +211,11 @@ def callbacks(cfg: DictConfig, run: Run, metadata: dict[str, str], length: Lengt
         keep_best=cfg.keep_best,
         comfyui_dora=cfg.comfyui_dora,
     )
+    every = cfg.previews.every_n_epochs
+    if every is None:
+        every = length.save_every_n_epochs or length.check_val_every_n_epoch
+    previews = dict(cfg.previews) | {"every_n_epochs": every}
+    kept["previews"] = Previews(run.folder, base, cfg.model, hardware.dtype, **previews)
     return kept
 
 

@@ -67,6 +67,7 @@ def run(configure, demo_cache, tmp_path_factory):
         quick = [
             "logger=csv",
             "sample=false",
+            "previews.every_n_epochs=0",
             "hardware=cpu",
             "dataset.crop_seconds=2",
             f"dataset.cache_dir={demo_cache}",

@@ -165,7 +165,7 @@ def test_generation_with_the_adapter_in_place_is_that_of_its_file(nano, finished
     )
     judge_module.load(torch.device("cpu"))
     request = generation.Request("lofi", duration=1.0, steps=2)
-    live = generation.load_pipeline(nano, torch.float32, "cpu", transformer=generation.Sampled(judge_module.dit.eval()))
+    live = generation.pipeline_around(generation.Sampled(judge_module.dit.eval()), nano, torch.float32, "cpu")
     loaded = generation.load_pipeline(nano, torch.float32, "cpu")
     generation.add_adapters(loaded, [str(finished)], [1.0])
     torch.testing.assert_close(

@@ -187,7 +187,7 @@ def trained(folder: Path, said: str) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     files = {path.name for path in (run / "adapter").iterdir()}
     assert {"adapter_config.json", "nano-lora_comfyui.safetensors", "pytorch_lora_weights.safetensors"} <= files
-    assert len(list((run / "samples").glob("*.wav"))) == 2
+    assert len(list((run / "samples").glob("*.wav"))) == 4
 
 
 def trained_on_crops(folder: Path, said: str) -> None:
