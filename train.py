@@ -18,30 +18,13 @@ class Result:
     message: str
 
 
-def make_module(cfg: DictConfig, base, hardware, tracks: list):
-    """The FlowModule of a run, its weights not yet read. Raises UserError for a job that does not fit into memory."""
-    from hydra.utils import instantiate
-
-    from acestep_lora import plan, sharding
-
-    if hardware.strategy == "fsdp2":
-        sharding.check(cfg.model.quantize, cfg.optimizer._target_)
-    longest = max((track.duration for track in tracks), default=None)
-    return instantiate(cfg.module, _partial_=True)(
-        base,
-        dtype=hardware.dtype,
-        recompute=plan.choose(plan.job_of(cfg, hardware, base, longest)),
-        attention=hardware.attention,
-        compile=hardware.compile,
-    )
-
-
 def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     """Preprocess what is missing, train, validate, export; `given` says whether the user chose the folder."""
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import loggers, reports, runs
+    from acestep_lora import loggers, plan, reports, runs
+    from acestep_lora.data.prior import read_prompts
     from acestep_lora.hashes import FileHashes
     from acestep_lora.processes import is_first
 
@@ -51,8 +34,9 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
         shared = {"base": base, "seed": cfg.seed, "dtype": hardware.dtype, "timbre_token": cfg.model.timbre_token}
         wired = {"conditioning": instantiate(cfg.conditioning), "timesteps": instantiate(cfg.timesteps)}
+        others = [] if cfg.preservation.weight is None else read_prompts(cfg.preservation.prompts)
         make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
-        data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches)
+        data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches, prior_prompts=others)
         length = runs.plan_length(cfg, len(data.scan.tracks), hardware.processes)
         if runs.finished(cfg, run, length):
             return Result(
@@ -61,7 +45,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
                 f"{run.folder} is finished; a larger trainer.max_epochs, trainer.max_steps or early_stopping.patience "
                 "extends it.",
             )
-        module = make_module(cfg, base, hardware, data.scan.tracks)  # first: a job that cannot fit ends here
+        module = plan.make_module(cfg, base, hardware, data.scan.tracks)  # first: a job that cannot fit ends here
         runs.save_config(cfg, run.folder)
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)

@@ -35,7 +35,7 @@ LEFT_OUT = 3
 _TOP_LEVEL = {
     "train": "dataset model conditioning timesteps adapter optimizer scheduler trainer hardware logger experiment name "
     "output_dir seed resume overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best sample "
-    "previews comfyui_dora early_stopping ema module",
+    "previews comfyui_dora early_stopping preservation ema module",
     "preprocess": "dataset model conditioning hardware seed prune output",
     "annotate": "dataset model hardware tempo_key transcriber structure captioner policy dry_run report",
     "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",

@@ -65,11 +65,12 @@ class Job:
     def batch(self) -> Batch:
         items, channels = self.cfg.dataset.batch_size, self.shape["audio_acoustic_hidden_dim"]
         no = torch.zeros(items, dtype=torch.bool)
+        condition = torch.randn(items, self.tokens, self.condition_width, dtype=self.hardware.dtype)
         return Batch(
             latents=torch.randn(items, self.frames, channels),
             noise=torch.randn(items, self.frames, channels),
             t=torch.rand(items),
-            condition=torch.randn(items, self.tokens, self.condition_width, dtype=self.hardware.dtype),
+            condition=condition,
             frames=torch.full((items,), self.frames),
             weight=torch.ones(items),
             dropped=no,
@@ -81,6 +82,7 @@ class Job:
             window=items,
             key=0,
             tracks=["planned"] * items,
+            prior=None if self.cfg.preservation.weight is None else condition,
         )
 
 
@@ -110,7 +112,7 @@ class Step:
 
     def forward(self) -> Tensor:
         with self.job.hardware.autocast(self.batch.latents.device):
-            return self.module.losses(self.batch).mean()
+            return self.module.objective(self.batch)[0].mean()
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.module.trainable().values(), 1.0)

@@ -35,6 +35,7 @@ class FlowModule(L.LightningModule):
         recompute: how many layers drop their activations and compute them again in the backward pass.
         attention: how the sliding layers compute, one of `attention.KINDS`; compile: compile each layer.
         quantize: how the frozen weights are kept, one of `quantize.KINDS`.
+        preservation: weight of `drift` in what is minimised.
     """
 
     strict_loading = False  # checkpoints hold what is trained; the base model's weights come from the base model
@@ -52,6 +53,7 @@ class FlowModule(L.LightningModule):
         quantize: str = "none",
         seed: int = 42,
         grad_norms_every_n_steps: int = 100,
+        preservation: float | None = None,
     ) -> None:
         super().__init__()
         check_quantize(quantize, adapter)
@@ -59,14 +61,18 @@ class FlowModule(L.LightningModule):
         self.recompute, self.attention, self.compiled = recompute, attention, compile
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.grad_norms_every_n_steps, self.seed = grad_norms_every_n_steps, seed
+        self.preservation = preservation or 0.0
         self.dit = None
         self.base_losses: Tensor | None = None
 
     # ------------------------------------------------------------ model
 
     def configure_model(self) -> None:
-        if self.dit is None:
-            self.load(self.trainer.strategy.root_device)
+        if self.dit is not None:
+            return
+        self.load(self.trainer.strategy.root_device)
+        if isinstance(self.trainer.strategy, FSDP2):
+            self.trainer.strategy.shard(self.dit, self.dit.layers)
 
     def load(self, device: torch.device) -> None:
         """Read the base model's weights and put the adapter onto them; what is to be packed is packed on `device`."""
@@ -74,8 +80,6 @@ class FlowModule(L.LightningModule):
         if self.quantize != "none":
             pack(dit, self.quantize, device)
         self.take(dit, *basemodel.constants(self.base))
-        if isinstance(self.trainer.strategy, FSDP2):
-            self.trainer.strategy.shard(self.dit, self.dit.layers)
 
     def take(self, dit: AceStepDiT, null: Tensor, silence: Tensor) -> None:
         """Make a frozen transformer trainable. null [d]: the condition of unconditional training; silence [s, c]."""
@@ -141,18 +145,37 @@ class FlowModule(L.LightningModule):
         v = self.dit(x_t, batch.t, condition, context, batch.condition_mask, batch.frame_mask)
         return flow.item_losses(v, flow.velocity(batch.latents, batch.noise), batch.frames)
 
+    def drift(self, batch: Batch) -> Tensor:
+        """How far the adapter moves the velocity at each item under another prompt, mean squared [b]; 0 without one.
+
+        The frozen model itself is the target, so nothing needs to be generated to preserve what it knows.
+        """
+        if batch.prior is None:
+            return torch.zeros_like(batch.t)
+        x_t = flow.noisy(batch.latents, batch.noise, batch.t)
+        context = silence_context(self.silence, x_t.shape[1]).expand(len(x_t), -1, -1)
+        inputs = x_t, batch.t, batch.prior, context, batch.prior_mask, batch.frame_mask
+        with torch.no_grad(), adapters.disabled(self.dit):
+            target = self.dit(*inputs)
+        return flow.item_losses(self.dit(*inputs), target, batch.frames)
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What is minimised, and of it the flow-matching loss and the drift, each [b]."""
+        losses, drift = self.losses(batch), self.drift(batch)
+        return losses + self.preservation * drift, losses.detach(), drift.detach()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.adapter.dropout:
             torch.manual_seed(batch.key)  # dropout masks, too, are a function of the step
-        losses = self.losses(batch) * batch.weight
-        self._loss.add_(torch.stack([losses.detach().sum(), batch.weight.sum()]))
+        objective, losses, drift = (each * batch.weight for each in self.objective(batch))
+        self._loss.add_(torch.stack([losses.sum(), drift.sum(), batch.weight.sum()]))
         # Lightning divides by the accumulation count and DDP by the world size. Undone here, the gradient of an
         # optimizer step is the mean over its items, also when the last window of an epoch is a partial one.
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        return losses.sum() * (accumulate * world / batch.window)
+        return objective.sum() * (accumulate * world / batch.window)
 
     def on_train_start(self) -> None:
-        self._loss = torch.zeros(2, device=self.device)  # sum of item losses and of items since the last logged step
+        self._loss = torch.zeros(3, device=self.device)  # sums of losses, drifts and items since the last logged step
         self._logged_step = self.global_step
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
@@ -161,8 +184,10 @@ class FlowModule(L.LightningModule):
         self._logged_step = self.global_step
         self.log("lr", self._lr)
         if self.global_step % self.trainer.log_every_n_steps == 0:  # the ranks speak to each other only then
-            loss, items = self.trainer.strategy.reduce(self._loss, reduce_op="sum")
+            loss, drift, items = self.trainer.strategy.reduce(self._loss, reduce_op="sum")
             self.log("train/loss", loss / items, prog_bar=True)
+            if batch.prior is not None:
+                self.log("train/prior_loss", drift / items)
             self._loss.zero_()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -186,13 +211,16 @@ class FlowModule(L.LightningModule):
     # ------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(2, len(VAL_TIMESTEPS), 2, device=self.device)  # [adapted or base, level, (sum, items)]
+        # [adapted, base or drift; level; sum or items]
+        self._sums = torch.zeros(3, len(VAL_TIMESTEPS), 2, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._add(0, batch, self.losses(batch))
         if self.base_losses is None and self.adapter.config is not None:
             with adapters.disabled(self.dit):
                 self._add(1, batch, self.losses(batch))
+        if batch.prior is not None:
+            self._add(2, batch, self.drift(batch))
 
     def _add(self, which: int, batch: Batch, losses: Tensor) -> None:
         self._sums[which, :, 0].index_add_(0, batch.level, losses * batch.weight)
@@ -207,6 +235,8 @@ class FlowModule(L.LightningModule):
         if self.adapter.config is not None:
             self.base_losses = means[1].cpu() if self.base_losses is None else self.base_losses
             self.log("val/base_loss", self.base_losses.mean())
+        if means[2].isfinite().all():
+            self.log("val/prior_loss", means[2].mean())
         self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, means[0], strict=True)})
 
     # ------------------------------------------------------------ results

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -21,11 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acestep_lora import basemodel, costs
+from acestep_lora import basemodel, costs, sharding
 from acestep_lora.dit import AceStepDiT
 from acestep_lora.errors import UserError
 from acestep_lora.hardware import Hardware
 from acestep_lora.job import Job, Step, materialise
+from acestep_lora.module import FlowModule
 from acestep_lora.runs import plan_length
 
 log = logging.getLogger(__name__)
@@ -258,6 +260,20 @@ def remedy(job: Job, memory: float) -> str:
     return "no setting known to the planner makes it fit; a smaller model or adapter.r may"
 
 
+def make_module(cfg: DictConfig, base: basemodel.BaseModel, hardware: Hardware, tracks: list) -> FlowModule:
+    """The FlowModule of a run, its weights not yet read. Raises UserError for a job that does not fit into memory."""
+    if hardware.strategy == "fsdp2":
+        sharding.check(cfg.model.quantize, cfg.optimizer._target_)
+    longest = max((track.duration for track in tracks), default=None)
+    return instantiate(cfg.module, _partial_=True)(
+        base,
+        dtype=hardware.dtype,
+        recompute=choose(job_of(cfg, hardware, base, longest)),
+        attention=hardware.attention,
+        compile=hardware.compile,
+    )
+
+
 # ---------------------------------------------------------------- preprocessing
 
 
@@ -373,8 +389,6 @@ def show_time(job: Job, tracks: int | None, console: Console) -> None:
 
 def main(cfg: DictConfig) -> int:
     """Plan the job of a training config."""
-    from hydra.utils import instantiate
-
     from acestep_lora import runs
     from acestep_lora.data.track import scan
 

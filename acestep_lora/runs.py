@@ -23,6 +23,7 @@ from acestep_lora.callbacks.previews import Previews
 from acestep_lora.callbacks.progress import progress_bar
 from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
+from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.errors import UserError
 from acestep_lora.hardware import Hardware
 from acestep_lora.hashes import write_atomic
@@ -252,12 +253,29 @@ def adapter_metadata(cfg: DictConfig, base_hash: str, tracks: list) -> dict[str,
         "optimizer": cfg.optimizer._target_,
         "scheduler": cfg.scheduler.name,
         "timesteps": cfg.timesteps._target_,
+        "preservation": cfg.preservation.weight,
         "condition_dropout": cfg.dataset.condition_dropout,
         "seed": cfg.seed,
         "python": ".".join(map(str, sys.version_info[:2])),
     }
     metadata |= {f"{package}_version": version(package) for package in ("acestep-lora", "torch", "peft", "diffusers")}
     return {key: str(value) for key, value in metadata.items() if value not in (None, "")}
+
+
+def encoded_songs(cfg: DictConfig, base: basemodel.BaseModel, hardware: Hardware, **more) -> LatentDataModule:
+    """The songs of a config, to be read outside of a Trainer; what the cache lacks is encoded first, on one device."""
+    data = instantiate(cfg.dataset, _partial_=True)(
+        base=base,
+        conditioning=instantiate(cfg.conditioning),
+        timesteps=instantiate(cfg.timesteps),
+        seed=cfg.seed,
+        dtype=hardware.dtype,
+        timbre_token=cfg.model.timbre_token,
+        **more,
+    )
+    data.encode(**hardware.but(devices=1, num_nodes=1, strategy="auto").trainer_options())
+    data.setup("fit")
+    return data
 
 
 def find_base(model: DictConfig) -> basemodel.BaseModel:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from acestep_lora.adapters import Adapter, adaptable
-from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.data.draws import Draw, cut
 from acestep_lora.data.items import Batch, TrainSongs, collate
 from acestep_lora.dit import AceStepDiT
@@ -292,7 +291,7 @@ def picture(path: Path, columns: dict[str, dict[str, float]]) -> None:
         for name, number in numbers.items():
             grid[kinds.index(kind(name)), blocks.index(block(name))] = number if number > 0 else np.nan
         image = axes.imshow(grid, aspect="auto", cmap="magma", norm="linear" if title == "rank" else "log")
-        axes.set(title=title, xticks=range(len(blocks)), yticks=range(len(kinds)), yticklabels=kinds)
+        axes.set(title=title, xlabel="block", xticks=range(len(blocks)), yticks=range(len(kinds)), yticklabels=kinds)
         axes.set_xticklabels([name.partition(".")[2] for name in blocks])
         figure.colorbar(image, ax=axes)
     with replacing(path) as temporary:
@@ -338,12 +337,9 @@ def measure_job(cfg: DictConfig, base, hardware: Hardware) -> tuple[Sensitivity,
     """Preprocess what is missing, load the model, measure -> what was found, and how many songs were left out."""
     from hydra.utils import instantiate
 
-    wired = {"conditioning": instantiate(cfg.conditioning), "timesteps": instantiate(cfg.timesteps)}
-    data: LatentDataModule = instantiate(cfg.dataset, _partial_=True)(
-        base=base, seed=cfg.seed, dtype=hardware.dtype, timbre_token=cfg.model.timbre_token, **wired
-    )
-    data.encode(accelerator=hardware.trainer_options()["accelerator"], devices=1)
-    data.setup("fit")
+    from acestep_lora import runs
+
+    data = runs.encoded_songs(cfg, base, hardware)
     module = FlowModule(
         base,
         Probes(instantiate(cfg.adapter), cfg.seed),

@@ -461,7 +461,7 @@ def told(data: LatentDataModule, lyrics: str, seconds: float, track: Track) -> T
     module = TextPass.load(Encoder(data.base, data.cache, data.conditioning, data.audio, data.dtype), [])
     with torch.inference_mode():
         song = replace(track, lyrics=lyrics, language=language)
-        return dict(module._conditions(Job(track), song, seconds))["condition.caption"]
+        return dict(module.conditions(Job(track), song, seconds))["condition.caption"]
 
 
 def test_the_words_follow_the_crop(make, sung):
@@ -794,7 +794,7 @@ def test_another_base_model_all_the_way(configure, tmp_path, conditioning):
     (batch,) = data.train_dataloader()
     assert batch.latents.shape == (4, max(batch.frames), 8) and max(batch.frames) <= 30
     module = FlowModule(base, instantiate(configure("train", "adapter.r=4").adapter), optimizer=torch.optim.AdamW)
-    module.configure_model()
+    module.load(torch.device("cpu"))
     losses = module.losses(batch)
     assert losses.shape == (4,) and losses.isfinite().all() and (losses > 0.1).all()
     losses.mean().backward()

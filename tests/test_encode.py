@@ -204,7 +204,7 @@ def test_whatever_the_words_the_model_reads_the_metas(text_pass, parts, times, t
     track, job = replace(track, custom_tag=tag, tag_position="append"), Job(track)
     seen = []
     text_pass._condition = lambda prompt, lyrics: seen.append((prompt, lyrics))
-    list(text_pass._conditions(job, track, 7.5))
+    list(text_pass.conditions(job, track, 7.5))
     ((prompt, lyrics),) = seen
     read = [text_pass.tokenizer.decode(text_pass._tokens(*each)[0][0]) for each in ((prompt, 256), (lyrics, 2048))]
     assert read[0].endswith(f"{tag}\n\n{TAIL}<|endoftext|>") and read[1].endswith("<|endoftext|><|endoftext|>")

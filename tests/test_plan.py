@@ -41,6 +41,7 @@ def job(configure):
         ("adapter.mlp=true", "adapter.dropout=0.1", "trainer.accumulate_grad_batches=4"),
         ("hardware.attention=dense", "optimizer=prodigy"),
         ("adapter=none",),
+        ("preservation.weight=1", "hardware.recompute=2"),
     ],
     ids=" ".join,
 )

@@ -1,7 +1,7 @@
 """The LightningDataModule: songs found, encoded where the cache lacks them, split by track, batched."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from acestep_lora import cli
 from acestep_lora.basemodel import BaseModel
 from acestep_lora.conditioning import Conditioning
+from acestep_lora.data import prior
 from acestep_lora.data.cache import Cache, CacheError, read_upstream
 from acestep_lora.data.draws import Draw, EpochOrder, cut
 from acestep_lora.data.encode import AudioSettings, Encoder, Job, collect
@@ -76,6 +77,7 @@ class LatentDataModule(L.LightningDataModule):
         preload: hold the cache in memory: True, False, or "auto" for when it takes little of what is free.
         val_fraction: share of tracks held out, from five tracks up; with fewer, validation runs on the training tracks.
         stratify: draw an optimizer step's timesteps from equal shares of the distribution.
+        prior_prompts: other prompts, of which every item carries one (`FlowModule.drift`).
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class LatentDataModule(L.LightningDataModule):
         condition_dropout: float = 0.0,
         stratify: bool = False,
         accumulate: int = 1,
+        prior_prompts: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -122,7 +125,7 @@ class LatentDataModule(L.LightningDataModule):
         self.audio = AudioSettings(max_duration, normalize)
         self.batch_size, self.num_workers, self.val_fraction = batch_size, num_workers, val_fraction
         self.crop_frames = round(crop_seconds * base.frame_rate) if crop_seconds else None
-        self.crop_lyrics, self.preload = crop_lyrics, preload
+        self.crop_lyrics, self.preload, self.prior_prompts = crop_lyrics, preload, prior_prompts
         self.condition_dropout, self.stratify, self.accumulate = condition_dropout, stratify, accumulate
         self.cache = Cache(self._cache_folder(cache_dir))
         self.scan = self._scan()
@@ -158,6 +161,7 @@ class LatentDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode what the cache lacks, on one device (train.py); preprocess.py calls `encode` on as many as it has."""
+        self._prior()
         if self.trainer is not None and self.trainer.world_size > 1:
             if missing := self.encode(run=False):
                 raise DatasetError(f"{missing} songs are not encoded yet: run {cli.preprocess_command()} first.")
@@ -169,8 +173,7 @@ class LatentDataModule(L.LightningDataModule):
         if self.tensors:
             self.songs = self._import()
             return 0
-        crop = self.crop_frames if self.crop_lyrics else None
-        encoder = Encoder(self.base, self.cache, self.conditioning, self.audio, self.dtype, self.timbre_token, crop)
+        encoder = self._encoder()
         jobs = encoder.jobs(self.scan.tracks)
         missing = [job for job in jobs if not job.ready and not job.problem]
         if run and missing:
@@ -179,6 +182,13 @@ class LatentDataModule(L.LightningDataModule):
         self._take(jobs)
         self.made = sum(job.ready for job in missing)
         return len(missing)
+
+    def _encoder(self) -> Encoder:
+        crop = self.crop_frames if self.crop_lyrics else None
+        return Encoder(self.base, self.cache, self.conditioning, self.audio, self.dtype, self.timbre_token, crop)
+
+    def _prior(self) -> list[Tensor]:
+        return prior.encode(self._encoder(), self.prior_prompts) if self.prior_prompts else []
 
     def _take(self, jobs: list[Job]) -> None:
         ready, bad = collect(jobs)
@@ -222,6 +232,7 @@ class LatentDataModule(L.LightningDataModule):
             raise DatasetError(f"No song is ready to train on{_reasons(self.bad)}: give other audio files.")
         self._preload()
         train, val = self.split(self.songs)
+        others = self._prior()
         if not val:
             log.warning(
                 "%d tracks are too few to hold one out: val/loss is measured on the training tracks.", len(train)
@@ -235,8 +246,9 @@ class LatentDataModule(L.LightningDataModule):
             self.condition_dropout,
             self.genre_ratio,
             self.conditioning.lm_hints,
+            others,
         )
-        self.val_set = ValSongs(val or train, self.seed, self.crop_frames)
+        self.val_set = ValSongs(val or train, self.seed, self.crop_frames, others)
         if self.trainer and self.batch_size > 1:
             log.info("%.1f %% of the frames in batches are padding", 100 * self._order().padding())
 

@@ -5,7 +5,7 @@ worker, or how the epoch is cut into batches, which makes resuming exact.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -30,7 +30,7 @@ class Batch:
     condition); hints [b, t, c] with hinted [b] bool, or None; condition_mask [b, l] and frame_mask [b, t] bool, None
     when nothing is padded. `window` counts the items of the optimizer step this batch belongs to, over all ranks;
     `key` seeds what the model itself draws (adapter dropout); `level` [b] indexes VAL_TIMESTEPS in validation;
-    `tracks` names the items.
+    `tracks` names the items. prior [b, p, d], prior_mask [b, p]: condition of another prompt for each item, or None.
     """
 
     latents: Tensor
@@ -48,6 +48,8 @@ class Batch:
     window: int
     key: int
     tracks: list[str]
+    prior: Tensor | None = None
+    prior_mask: Tensor | None = None
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         moved = {
@@ -82,6 +84,7 @@ def collate(items: list[dict]) -> Batch:
     if hinted.any():
         hints = pad([item["latents"] * 0 if item["hints"] is None else item["hints"] for item in items])[0]
     first = items[0]
+    prior, prior_mask = pad([item["prior"] for item in items]) if "prior" in first else (None, None)
     return Batch(
         latents=latents,
         noise=pad([item["noise"] for item in items])[0],
@@ -98,6 +101,8 @@ def collate(items: list[dict]) -> Batch:
         window=first["window"],
         key=first["key"],
         tracks=[item["track"] for item in items],
+        prior=prior,
+        prior_mask=prior_mask,
     )
 
 
@@ -116,10 +121,13 @@ class Song:
 
 
 class Songs(Dataset):
-    """What training and validation items have in common: reading a song's latents and condition."""
+    """What training and validation items have in common: reading a song's latents and condition.
 
-    def __init__(self, songs: list[Song], seed: int, crop_frames: int | None) -> None:
-        self.songs, self.seed, self.crop_frames = songs, seed, crop_frames
+    prior: conditions [l, d] of other prompts, of which each item carries one; empty: none does.
+    """
+
+    def __init__(self, songs: list[Song], seed: int, crop_frames: int | None, prior: Sequence[Tensor] = ()) -> None:
+        self.songs, self.seed, self.crop_frames, self.prior = songs, seed, crop_frames, prior
 
     def length(self, i: int) -> int:
         frames = self.songs[i].entry.frames
@@ -149,6 +157,15 @@ class Songs(Dataset):
             "condition": condition,
             "hints": hints,
             "track": song.track.id,
+        } | self._other(names)
+
+    def _other(self, names: tuple) -> dict[str, Tensor]:
+        if not self.prior:
+            return {}
+        return {
+            "prior": self.prior[
+                int(torch.randint(len(self.prior), (1,), generator=generator(self.seed, "prior", *names)))
+            ]
         }
 
 
@@ -165,8 +182,9 @@ class TrainSongs(Songs):
         condition_dropout: float,
         genre_ratio: float,
         lm_hints: float,
+        prior: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__(songs, seed, crop_frames)
+        super().__init__(songs, seed, crop_frames, prior)
         self.timesteps, self.stratify, self.condition_dropout = timesteps, stratify, condition_dropout
         self.genre_ratio, self.lm_hints = genre_ratio, lm_hints
 

@@ -114,7 +114,7 @@ class TextPass(L.LightningModule):
         try:
             for number, passage in enumerate(job.passages):
                 suffix = f"@{number}" if job.windows else ""
-                tensors |= {f"{name}{suffix}": states for name, states in self._conditions(job, *passage)}
+                tensors |= {f"{name}{suffix}": states for name, states in self.conditions(job, *passage)}
         except UserError as error:
             job.problem = str(error)
             return i
@@ -126,7 +126,7 @@ class TextPass(L.LightningModule):
         job.entry = encoder.cache.write(encoder.cache.path(job.track, job.audio_key, job.text_key), tensors, header)
         return i
 
-    def _conditions(self, job: "Job", track: Track, duration: float) -> Iterator[tuple[str, Tensor]]:
+    def conditions(self, job: "Job", track: Track, duration: float) -> Iterator[tuple[str, Tensor]]:
         """Name and states of every variant; what had to be left out is told in the job's remarks."""
         told = self.conditioning
         lyrics = told.fit_lyrics(track, self._count) if told.lyric_header else track.lyrics  # no end to keep
