@@ -78,6 +78,7 @@ QUICK = {
     "generate": ["duration=2", "steps=2", "hardware=cpu"],
     "annotate": ["hardware=cpu"],
     "export": [],
+    "sensitivity": ["hardware=cpu", "dataset.crop_seconds=2"],
 }
 """What makes a try short; a command without an entry that takes train's options has train's."""
 ELSEWHERE = re.compile(
