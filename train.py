@@ -23,7 +23,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import loggers, plan, reports, runs
+    from acestep_lora import loggers, plan, report, reports, runs
     from acestep_lora.data.prior import read_prompts
     from acestep_lora.hashes import FileHashes
     from acestep_lora.processes import is_first
@@ -77,6 +77,8 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
             return Result(metric, 0, "")
         if cfg.sample:
             reports.samples(cfg, run.folder, base, hardware, data)
+        if cfg.training_report:
+            report.write(run.folder)  # with the samples
         message = f"{kept['checkpoints'].verdict()}\n{reports.usage(cfg, run.folder)}"
         return Result(metric, len(data.bad), message)
 

@@ -35,7 +35,7 @@ LEFT_OUT = 3
 _TOP_LEVEL = {
     "train": "dataset model conditioning timesteps adapter optimizer scheduler trainer hardware logger experiment name "
     "output_dir seed resume overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best sample "
-    "previews comfyui_dora early_stopping preservation ema module",
+    "previews training_report comfyui_dora early_stopping preservation ema module",
     "preprocess": "dataset model conditioning hardware seed prune output",
     "annotate": "dataset model hardware tempo_key transcriber structure captioner policy dry_run report",
     "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",
@@ -43,6 +43,7 @@ _TOP_LEVEL = {
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
     "sensitivity": "dataset model conditioning timesteps adapter hardware seed repeats songs budget rank_step rank_max "
     "keep top_k measured against output_dir",
+    "report": "runs output",
     "evaluate": "dataset model conditioning hardware adapter songs seed repeats clips duration steps shift "
     "guidance_scale clap output_dir",
     "export": "verb model adapter format output name dtype approximate tolerance max_rank size comfyui_dora tuned repo "

@@ -235,6 +235,7 @@ class FlowModule(L.LightningModule):
         if self.adapter.config is not None:
             self.base_losses = means[1].cpu() if self.base_losses is None else self.base_losses
             self.log("val/base_loss", self.base_losses.mean())
+            self.log_dict({f"val/base_loss_t={t}": x for t, x in zip(VAL_TIMESTEPS, self.base_losses, strict=True)})
         if means[2].isfinite().all():
             self.log("val/prior_loss", means[2].mean())
         self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, means[0], strict=True)})

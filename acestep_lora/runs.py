@@ -21,6 +21,7 @@ from acestep_lora.callbacks.checkpoints import Checkpoints, checkpoint_folders
 from acestep_lora.callbacks.ema import AdapterEMA
 from acestep_lora.callbacks.previews import Previews
 from acestep_lora.callbacks.progress import progress_bar
+from acestep_lora.callbacks.reporting import Reporter
 from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.data.datamodule import LatentDataModule
@@ -88,7 +89,7 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left in a folder, and nothing else that may lie there."""
     for name in ("checkpoints", "adapter", "adapter_best", "samples"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.csv", "train.log", "config.yaml", "dataset.json"):
+    for name in ("metrics.csv", "train.log", "config.yaml", "dataset.json", "progress.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -217,6 +218,8 @@ def callbacks(
         every = length.save_every_n_epochs or length.check_val_every_n_epoch
     previews = dict(cfg.previews) | {"every_n_epochs": every}
     kept["previews"] = Previews(run.folder, base, cfg.model, hardware.dtype, **previews)
+    if cfg.training_report:  # the last to see a validation: it tells what the others wrote
+        kept["report"] = Reporter(run.folder, cfg, hardware, base)
     return kept
 
 

@@ -68,6 +68,7 @@ def run(configure, demo_cache, tmp_path_factory):
             "logger=csv",
             "sample=false",
             "previews.every_n_epochs=0",
+            "training_report=false",
             "hardware=cpu",
             "dataset.crop_seconds=2",
             f"dataset.cache_dir={demo_cache}",

@@ -245,3 +245,55 @@ def test_the_command_refuses_what_it_cannot_do(songs):
             assert studio.returncode == 1
             assert [reason in line for line in studio.stderr.splitlines() if line.startswith("error: ")] == [True]
             assert "Traceback" not in studio.stderr
+
+
+# ---------------------------------------------------------------- pages of a training
+
+
+@pytest.fixture(scope="module")
+def training(run):
+    """A finished run with previews, report and samples."""
+    heard = [
+        "sample=true",
+        "training_report=true",
+        "previews.every_n_epochs=2",
+        "previews.duration=3",
+        "previews.share=1",
+    ]
+    return run("trainer.max_epochs=6", "trainer.check_val_every_n_epoch=1", "optimizer.lr=3e-3", *heard)[1]
+
+
+def photograph(page, name: str) -> None:
+    """A picture for the guides, where SCREENSHOTS names a folder for it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@pytest.mark.parametrize("name", ["samples/index.html", "report.html"])
+def test_pages_of_a_training_play_and_ask_for_nothing(page, training, name):
+    page.goto((training / name).as_uri())
+    page.wait_for_function("() => [...document.images].every(i => i.complete && i.naturalWidth > 100)")
+    page.locator("audio").first.evaluate("audio => { audio.muted = true; audio.play() }")
+    page.wait_for_function(PLAYED)
+    photograph(page, {"samples/index.html": "previews", "report.html": "training_report"}[name])
+
+
+def test_evaluation_and_comparison_open_from_disk(page, training, run, configure, demo_cache, tmp_path):
+    from acestep_lora import evaluate, report
+
+    other = run("adapter=lokr", "trainer.max_steps=4")[1]
+    quick = [
+        "hardware=cpu",
+        "dataset.crop_seconds=2",
+        "duration=2",
+        "clips=2",
+        "repeats=1",
+        f"dataset.cache_dir={demo_cache}",
+    ]
+    cfg = configure("evaluate", *quick, f"adapter.path=[{training},{other}]", f"output_dir={tmp_path}")
+    evaluate.write(cfg, *evaluate.evaluate(cfg))
+    report.compare([training, other], tmp_path / "compared.html")
+    for name in ("evaluation", "compared"):
+        page.goto((tmp_path / f"{name}.html").as_uri())
+        page.wait_for_function("() => [...document.images].every(i => i.complete && i.naturalWidth > 100)")
+        photograph(page, name)

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import shutil
+import sys
 from functools import partial
 
 import numpy as np
 import peft
 import pytest
+import soundfile
 import torch
 from test_report import Page
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig
@@ -14,11 +17,17 @@ from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, Clap
 from acestep_lora import evaluate, generation, runs
 from acestep_lora.adapters import Adapter
 from acestep_lora.cli import ROOT
+from acestep_lora.conditioning import Conditioning
 from acestep_lora.data.audio import spool
+from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.data.items import VAL_TIMESTEPS, Song
 from acestep_lora.data.track import scan
 from acestep_lora.errors import UserError
 from acestep_lora.evaluate import Row
+
+sys.path.insert(0, str(ROOT / "data"))
+from procedural import HELD_OUT  # noqa: E402
+from procedural import song as song_of  # noqa: E402
 
 DEMO = ROOT / "data/demo"
 
@@ -180,3 +189,64 @@ def test_ranking_is_by_the_least():
         "By loss, none beats the base model.",
         "By distance, none beats the base model.",
     ]
+
+
+# ---------------------------------------------------------------- what it is for
+
+
+@pytest.fixture(scope="module")
+def calypso(tmp_path_factory):
+    """A style of its own, in twenty songs: with val_fraction=0.4, eight are held out."""
+    folder = tmp_path_factory.mktemp("calypso")
+    for seed in range(20):
+        samples, truth = song_of(seed, 16_000, HELD_OUT, seconds=(9, 11))
+        soundfile.write(folder / f"{seed}.wav", samples, 16_000)
+        told = {"caption": truth.caption, "bpm": truth.bpm, "keyscale": truth.keyscale}
+        (folder / f"{seed}.json").write_text(json.dumps(told | {"is_instrumental": True}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_good_adapter_is_ranked_above_an_under_trained_and_an_over_trained_one(configure, calypso, tmp_path):
+    """By held-out loss and by distance. The over-trained one has learnt three of the songs by heart."""
+    import train
+
+    split = [f"dataset.cache_dir={calypso}/.acestep", "dataset.val_fraction=0.4", "hardware=cpu"]
+    common = [*split, "logger=csv", "sample=false", "previews.every_n_epochs=0", "optimizer.lr=3e-3"]
+
+    def trained(name: str, *overrides: str) -> str:
+        cfg = configure("train", *common, f"output_dir={tmp_path / name}", *overrides)
+        train.train(cfg, tmp_path / name)
+        return str(tmp_path / name)
+
+    few = tmp_path / "few"
+    few.mkdir()
+    data = LatentDataModule(
+        base=runs.find_base(configure("train").model), conditioning=Conditioning(), dir=str(calypso), val_fraction=0.4
+    )
+    data.encode(accelerator="cpu", devices=1)
+    for song in data.split(data.songs)[0][:3]:
+        for file in calypso.glob(f"{song.track.path.stem}.*"):
+            shutil.copy(file, few)
+    paths = {
+        "under": trained("under", f"dataset.dir={calypso}", "trainer.max_steps=4"),
+        "good": trained("good", f"dataset.dir={calypso}", "trainer.max_steps=240", "scheduler.warmup_steps=10"),
+        "over": trained(
+            "over", f"dataset.dir={few}", "trainer.max_steps=600", "optimizer.lr=1e-2", "scheduler.warmup_steps=10"
+        ),
+    }
+    cfg = configure(
+        "evaluate",
+        *split,
+        f"dataset.dir={calypso}",
+        f"adapter.path=[{','.join(paths.values())}]",
+        "adapter.scale=1",
+        f"output_dir={tmp_path / 'evaluation'}",
+    )
+    judge, rows = evaluate.evaluate(cfg)
+    evaluate.write(cfg, judge, rows)
+    print(*evaluate.table(rows), *evaluate.verdicts(rows), sep="\n")
+    found = {row.adapter: row for row in rows}
+    for measure in ("loss", "distance"):
+        value = {name: getattr(found[name], measure) for name in paths}
+        assert value["good"] < min(value["under"], value["over"], getattr(rows[0], measure)), (measure, value)
