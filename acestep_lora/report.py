@@ -189,9 +189,9 @@ MEMORY_NOTE = (
 
 
 def memory(found: dict) -> list[tuple[str, str]]:
-    rows = [(part, f"{size / 2**30:.2f}") for part, size in found["predicted"].items()]
-    rows += [("together, predicted", f"{sum(found['predicted'].values()) / 2**30:.2f}")]
-    return [("part", "GiB"), *rows, (f"measured, {found['device']}", f"{found['measured'] / 2**30:.2f}")]
+    sizes = found["predicted"] | {"together, predicted": sum(found["predicted"].values())}
+    sizes |= {f"measured, {found['device']}": found["measured"]}
+    return [("part", "MiB"), *((part, f"{size / 2**20:,.0f}") for part, size in sizes.items())]
 
 
 def songs(progress: dict) -> list[tuple[str, str]]:

@@ -136,6 +136,8 @@ def _where(curves: Curves) -> list[str]:
     if not form or not sound:
         return []
     form, sound = fmean(form), fmean(sound)
+    if abs(form - sound) < LITTLE:
+        return [f"It learnt as much of the form (rhythm, melody, arrangement) as of the sound: {form:.0%}."]
     more = "the form (rhythm, melody, arrangement)" if form > sound else "the sound (timbre, detail)"
     return [f"It learnt more of {more}: {form:.0%} at high noise, where form is decided, {sound:.0%} at low noise."]
 

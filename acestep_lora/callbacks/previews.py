@@ -201,7 +201,10 @@ class Previews(L.Callback):
         if not self.made:
             return {}
         share = self.seconds / (time.monotonic() - self.since)
-        return {"a preview holds training up": f"{self.seconds / self.made:.1f} s", "of the time": f"{share:.1%}"}
+        return {
+            "a preview holds training up": f"{self.seconds / self.made:.1f} s",
+            "of the time so far": f"{share:.1%}",
+        }
 
     def needed(self) -> int:
         """Bytes that decoding a clip takes, the VAE included; predicted."""
