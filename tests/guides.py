@@ -79,6 +79,8 @@ QUICK = {
     "annotate": ["hardware=cpu"],
     "export": [],
     "sensitivity": ["hardware=cpu", "dataset.crop_seconds=2"],
+    "evaluate": ["hardware=cpu", "dataset.crop_seconds=2", "repeats=1", "clips=2", "duration=2", "adapter.scale=1"],
+    "report": [],
 }
 """What makes a try short; a command without an entry that takes train's options has train's."""
 ELSEWHERE = re.compile(
@@ -89,7 +91,7 @@ ELSEWHERE = re.compile(
 
 def on_nano(name: str, arguments: list[str], songs: Path, adapter: Path) -> list[str]:
     """A documented command's arguments for the nano model, the CPU, these songs and this run's adapter."""
-    values = {"model": "nano", "dataset.dir": songs, "adapter.path": adapter}
+    values = {"model": "nano", "dataset.dir": songs, "adapter.path": adapter, "runs": adapter}
     words = []
     for word in arguments:
         key, equals, _ = word.partition("=")
