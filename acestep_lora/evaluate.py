@@ -178,6 +178,8 @@ class Judge:
         for scale in scales if has_scale(module.dit) else [1.0]:
             set_scale(module.dit, scale)
             yield self.row(module, name, scale)
+        if self.pipeline:
+            self.pipeline.transformer = None  # gone before the next adapter's is read
 
     def row(self, module: FlowModule, name: str, scale: float) -> Row:
         cfg = self.cfg

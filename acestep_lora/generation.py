@@ -166,7 +166,11 @@ class Remembered(nn.Module):
 
 
 class Remembering(AceStepPipeline):
-    """A pipeline whose condition encoder is `Remembered`, without a text encoder."""
+    """A pipeline whose condition encoder is `Remembered`, without a text encoder; its VAE may be on another device."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
 
     def encode_prompt(self, *_, **__) -> tuple[None, None, None, None]:
         return None, None, None, None

@@ -197,6 +197,8 @@ def memory(found: dict) -> list[tuple[str, str]]:
 def songs(progress: dict) -> list[tuple[str, str]]:
     return [
         ("songs", str(progress["songs"])),
+        ("with a caption", str(progress["with_caption"])),
+        ("with lyrics", str(progress["with_lyrics"])),
         ("held out", ", ".join(progress["held_out_songs"]) or "none"),
         ("together", clock(progress["song_seconds"])),
     ]

@@ -212,7 +212,14 @@ def test_a_good_adapter_is_ranked_above_an_under_trained_and_an_over_trained_one
     import train
 
     split = [f"dataset.cache_dir={calypso}/.acestep", "dataset.val_fraction=0.4", "hardware=cpu"]
-    common = [*split, "logger=csv", "sample=false", "previews.every_n_epochs=0", "optimizer.lr=3e-3"]
+    common = [
+        *split,
+        "logger=csv",
+        "sample=false",
+        "previews.every_n_epochs=0",
+        "training_report=false",
+        "optimizer.lr=3e-3",
+    ]
 
     def trained(name: str, *overrides: str) -> str:
         cfg = configure("train", *common, f"output_dir={tmp_path / name}", *overrides)

@@ -12,6 +12,7 @@ from test_report import Page
 from acestep_lora import generation
 from acestep_lora.callbacks import previews
 from acestep_lora.data.track import scan
+from acestep_lora.dit import AceStepDiT, load_dit
 from acestep_lora.errors import UserError
 from acestep_lora.generation import Request
 
@@ -76,6 +77,22 @@ def test_without_prompts_the_held_out_songs_words_are_used(run):
         r"1\. (.*?) \(seed 42\)", Page((folder / "samples/index.html").read_text(encoding="utf-8")).text
     )
     assert line in {track.caption for track in scan("data/demo").tracks} | {"night-walk music-box"}
+
+
+def test_the_pipeline_is_where_its_transformer_is(nano):
+    """The VAE waits on the CPU; what is generated must not."""
+    make = generation.remember(nano, [Request("a", duration=1.0)], torch.float32, "cpu", None)
+    with torch.device("meta"):
+        dit = AceStepDiT(**{name: value for name, value in load_dit(nano.dit).config.items() if name[0] != "_"})
+    pipeline = make(generation.Sampled(dit))
+    assert pipeline.device.type == pipeline._execution_device.type == "meta" and pipeline.vae.device.type == "cpu"
+
+
+def test_wandb_gets_clips_and_spectrograms(run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = run("trainer.max_steps=2", *HEAR, "previews.seeds=[1]", "logger=wandb")[1]
+    media = {path.suffix for path in folder.rglob("wandb/*/files/media/*/previews/*")}
+    assert media == {".wav", ".png"}
 
 
 @pytest.mark.parametrize("lacking, made", [("free", 0), ("spare", 2)])

@@ -239,4 +239,5 @@ def spare_memory(device: torch.device) -> int:
     """Bytes that training leaves free at its fullest moment; on the CPU, where nobody counts, half of what is free."""
     if device.type != "cuda":
         return psutil.virtual_memory().available // 2
-    return torch.cuda.get_device_properties(device).total_memory - torch.cuda.max_memory_reserved(device)
+    growth = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    return torch.cuda.mem_get_info(device)[0] - growth

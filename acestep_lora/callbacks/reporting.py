@@ -56,6 +56,8 @@ class Reporter(L.Callback):
             "seconds": seconds,
             "eta_seconds": seconds / max(1, steps) * max(0, total - trainer.global_step),
             "songs": len(data.songs),
+            "with_caption": sum(song.track.has_caption for song in data.songs),
+            "with_lyrics": sum(not song.track.is_instrumental for song in data.songs),
             "held_out": len(held_out),
             "held_out_songs": held_out,
             "song_seconds": sum(song.track.duration for song in data.songs),
