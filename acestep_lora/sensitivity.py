@@ -191,7 +191,7 @@ def measure(
 
 
 def _backward(module: FlowModule, batch: Batch, hardware: Hardware) -> None:
-    with hardware.autocast(module.device):
+    with hardware.autocast(batch.latents.device):
         loss = module.losses(batch).sum()
     (loss * SCALE).backward()
 
