@@ -51,11 +51,12 @@ def generate(cfg: DictConfig) -> list[Path]:
     from hydra.utils import instantiate
 
     from acestep_lora import generation, runs
+    from acestep_lora.data.fields import line
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
     for tag in generation.trigger_tags(paths):
         if tag not in cfg.prompt:
-            print(f"note: the prompt lacks the adapter's trigger tag '{tag}'")
+            print(f"note: the prompt lacks the adapter's trigger tag '{line(tag)}'")
     request = generation.Request(
         prompt=cfg.prompt,
         lyrics=lyrics,

@@ -2,35 +2,28 @@
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from acestep_lora.adapters import AdapterError
 from acestep_lora.factors import FOLDED, Weights, parse, peft_config, peft_state
 from acestep_lora.naming import to_upstream
+from acestep_lora.untrusted import read_object, told
 
 PEFT_FILE = "adapter_model.safetensors"
 LOKR_FILE = "lokr_weights.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 _TECHNICAL = {"format", "algo", "lokr_config", "lora_adapter_metadata", "comfyui_dora"}
-_UNUSABLE = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
-@contextmanager
-def _told(path: str | Path) -> Iterator[None]:
-    """Whatever is wrong with an untrusted file becomes one sentence that names it."""
-    try:
-        yield
-    except (*_UNUSABLE, RuntimeError) as error:
-        raise AdapterError(f"{path} cannot be used as an adapter: {error}") from None
+def _told(path: str | Path):
+    return told(f"{path} cannot be used as an adapter", AdapterError)
 
 
 def find(path: Path) -> Path:
@@ -60,7 +53,7 @@ def read(path: str | Path) -> Weights:
             header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         if file.name == PEFT_FILE:
-            config = dict(json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8")))
+            config = read_object(file.with_name("adapter_config.json"))
         elif "lora_adapter_metadata" in header:
             named = json.loads(header["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in named.items()}

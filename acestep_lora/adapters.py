@@ -14,11 +14,17 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from acestep_lora.data.fields import show
+from acestep_lora.data.sidecars import read_text
 from acestep_lora.errors import UserError
 from acestep_lora.layers import cheapen
 from acestep_lora.naming import ATTENTION, MLP, NAME, to_diffusers
+from acestep_lora.untrusted import told
 
 log = logging.getLogger(__name__)
+
+MAX_RANK = 1 << 16
+"""Of one module in a rank_pattern; no dimension of any model is larger."""
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take part of the base weight into the adapter."""
@@ -145,14 +151,18 @@ class Adapter:
 
 def read_pattern(pattern: dict | str | None) -> dict[str, int]:
     if isinstance(pattern, str):
-        try:
-            pattern = yaml.safe_load(Path(pattern.removeprefix("@")).expanduser().read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise AdapterError(f"adapter.rank_pattern={pattern} cannot be read: {error}.") from None
+        with told(f"adapter.rank_pattern={pattern} cannot be read", AdapterError):
+            text = read_text(Path(pattern.removeprefix("@")).expanduser())[0]
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+                raise ValueError("it has aliases, which can unfold without end")
+            pattern = yaml.safe_load(text) or {}
+            if not isinstance(pattern, dict):
+                raise ValueError(f"it holds {show(pattern)}, module names with ranks are expected")
     pattern = dict(pattern or {})
-    bad = [name for name, rank in pattern.items() if not isinstance(rank, int) or rank < 0]
+    bad = [name for name, rank in pattern.items() if type(rank) is not int or not 0 <= rank <= MAX_RANK]
     if bad:
-        raise AdapterError(f"adapter.rank_pattern needs whole ranks from 0, got {bad[0]}: {pattern[bad[0]]}.")
+        got = f"{show(bad[0])}: {show(pattern[bad[0]])}"
+        raise AdapterError(f"adapter.rank_pattern needs whole ranks from 0 to {MAX_RANK}, got {got}.")
     return {str(name): rank for name, rank in pattern.items()}
 
 

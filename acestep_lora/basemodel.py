@@ -6,7 +6,7 @@ folder. Original checkpoints are read as JSON and safetensors and renamed: no re
 """
 
 import inspect
-import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import FileHashes
 from acestep_lora.naming import to_diffusers
+from acestep_lora.untrusted import is_plain, read_object, read_pt, told
 
 RELEASE = "ACE-Step/Ace-Step1.5"
 """The repository that holds the VAE and the text encoder every variant shares."""
@@ -34,11 +35,17 @@ class BaseModelError(UserError):
 # ---------------------------------------------------------------- what a folder holds
 
 
+_MOST = 512
+"""Of anything that a config counts: layers, heads, quantizers. Each layer takes memory even where it has no weights."""
+
+
+def _told(path: Path):
+    return told(f"{path} cannot be used as part of a base model", BaseModelError)
+
+
 def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"Cannot read {path}: {error}.") from None
+    with _told(path):
+        return read_object(path)
 
 
 def _is_original(folder: Path) -> bool:
@@ -48,7 +55,7 @@ def _is_original(folder: Path) -> bool:
 
 def _is_transformer(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and _json(config).get("_class_name", "").startswith("AceStepTransformer")
+    return config.is_file() and str(_json(config).get("_class_name")).startswith("AceStepTransformer")
 
 
 def read_config(folder: str | Path) -> dict:
@@ -57,8 +64,14 @@ def read_config(folder: str | Path) -> dict:
     if not (folder / "config.json").is_file():
         raise BaseModelError(f"{folder} has no config.json, so it is not a model folder.")
     config = _json(folder / "config.json")
-    rope = config.get("rope_parameters") or {}
-    config.setdefault("rope_theta", rope.get("rope_theta", 1e6))
+    with _told(folder / "config.json"):
+        for name, value in config.items():
+            if "num_" in name and isinstance(value, int) and value > _MOST:
+                raise ValueError(f"{name} is {value}, more than {_MOST}")
+        if math.prod(config.get("fsq_input_levels") or ()) > 1 << 20:
+            raise ValueError(f"fsq_input_levels={config['fsq_input_levels']} make too many codes")
+        rope = config.get("rope_parameters") or {}
+        config.setdefault("rope_theta", rope.get("rope_theta", 1e6))
     return config
 
 
@@ -74,18 +87,16 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise BaseModelError(f"{folder} holds no .safetensors weights.")
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise BaseModelError(f"{file} is damaged ({error}): download it again.") from None
+        with told(f"{file} is damaged, download it again", BaseModelError), safe_open(file, framework="pt"):
+            pass
     return files
 
 
 def _listed_files(folder: Path) -> list[Path]:
     """The shards that an index names."""
     for index in folder.glob("*.safetensors.index.json"):
-        files = sorted({folder / Path(name).name for name in _json(index)["weight_map"].values()})
+        with _told(index):
+            files = sorted({folder / Path(name).name for name in read_object(index)["weight_map"].values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise BaseModelError(
@@ -111,8 +122,12 @@ def _tensors(folder: Path, component: str) -> Iterator[tuple[str, Tensor]]:
 
 def _silence_file(folder: Path) -> Tensor:
     for place in (folder, folder.parent, *sorted(folder.parent.glob("acestep-v15-*"))):
-        if (place / "silence_latent.pt").is_file():
-            return torch.load(place / "silence_latent.pt", weights_only=True).transpose(1, 2).contiguous()
+        if (file := place / "silence_latent.pt").is_file():
+            with _told(file):
+                silence = read_pt(file)
+                if not is_plain(silence) or silence.ndim != 3:
+                    raise ValueError("it holds no tensor [1, channels, frames]")
+                return silence.transpose(1, 2).contiguous()
     raise BaseModelError(f"{folder} has no silence_latent.pt: get it with `hf download {RELEASE}`.")
 
 
@@ -191,8 +206,13 @@ class BaseModel:
         return "xl" in named.lower()
 
     def check(self) -> None:
-        """Raise BaseModelError when VAE and transformer do not belong together."""
-        latent, channels = read_config(self.vae)["decoder_input_channels"], self.channels
+        """Raise BaseModelError for configs without the numbers that are needed, and for parts that do not fit."""
+        vae, _ = read_config(self.vae), read_config(self.dit)
+        with _told(f"{self.vae} or {self.dit}"):
+            latent, channels = vae["decoder_input_channels"], self.channels
+            mu, sigma = self.timestep_law()
+            if not (1 <= channels <= 1 << 16 and self.frame_rate > 0 and sigma > 0 and math.isfinite(mu + sigma)):
+                raise ValueError("a number in its config.json makes no sense")
         if latent != channels:
             raise BaseModelError(f"{self.vae} makes {latent} latent channels, {self.dit} takes {channels}.")
 
@@ -310,7 +330,8 @@ def accepted_config(folder: str | Path, cls: type, component: str) -> dict:
     folder = Path(folder)
     config = read_config(folder)
     if _is_original(folder) and component != "decoder":
-        config = _encoder_config(config)
+        with _told(folder):
+            config = _encoder_config(config)
         config.pop("layer_types", None)  # the decoder's; encoder, tokenizer and detokenizer alternate on their own
     return {name: config[name] for name in inspect.signature(cls.__init__).parameters if name in config}
 
@@ -318,22 +339,31 @@ def accepted_config(folder: str | Path, cls: type, component: str) -> dict:
 def build(cls: type, folder: str | Path, component: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
     """A diffusers class with the weights of one component: decoder, encoder, tokenizer or detokenizer."""
     folder = Path(folder)
-    with torch.device("meta"):
-        module = cls(**accepted_config(folder, cls, component))
-    if component == "tokenizer":  # constants of the quantiser that no checkpoint stores
-        config = read_config(folder)
-        quantizer = type(module.quantizer)(
-            config["fsq_dim"], config["fsq_input_levels"], config["fsq_input_num_quantizers"]
-        )
-        module.quantizer = quantizer
+    config, arguments = read_config(folder), accepted_config(folder, cls, component)
+    with _told(folder):
+        with torch.device("meta"):
+            module = cls(**arguments)
+        if component == "tokenizer":  # constants of the quantiser that no checkpoint stores
+            sizes = (config[f"fsq_{name}"] for name in ("dim", "input_levels", "input_num_quantizers"))
+            module.quantizer = type(module.quantizer)(*sizes)
     fill(module, folder, component, dtype, device)
     return module.to(device)
+
+
+def _check_loading(loading: dict) -> None:
+    """The libraries would go on with random weights in place of those that a checkpoint lacks."""
+    if lacking := sorted(map(str, loading["missing_keys"])) + sorted(map(str, loading["mismatched_keys"])):
+        raise ValueError(f"{len(lacking)} weights lack or have other shapes, first {lacking[0]}: download it again")
 
 
 def load_vae(base: BaseModel, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
     from diffusers import AutoencoderOobleck
 
-    vae = AutoencoderOobleck.from_pretrained(base.vae, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    read_config(base.vae)
+    with _told(base.vae):
+        vae, loading = AutoencoderOobleck.from_pretrained(base.vae, torch_dtype=dtype, **options)
+        _check_loading(loading)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -343,11 +373,15 @@ def load_text_encoder(base: BaseModel, dtype: torch.dtype, device: str | torch.d
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer, local_files_only=True, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    encoder = AutoModel.from_pretrained(
-        base.text_encoder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    options = {"local_files_only": True, "trust_remote_code": False}
+    read_config(base.text_encoder)
+    with _told(base.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(base.tokenizer, **options)
+        tokenizer.padding_side = "right"
+    with _told(base.text_encoder):
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        encoder, loading = AutoModel.from_pretrained(base.text_encoder, **options)
+        _check_loading(loading)
     return encoder.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -396,4 +430,5 @@ def constants(base: BaseModel) -> tuple[Tensor, Tensor]:
             found |= {name: weights.get_tensor(name) for name in wanted & set(weights.keys())}
     if wanted - found.keys():
         raise BaseModelError(f"{base.condition} lacks {', '.join(sorted(wanted - found.keys()))}.")
-    return found["null_condition_emb"].flatten().float(), found["silence_latent"][0].float()
+    with _told(base.condition):
+        return found["null_condition_emb"].flatten().float(), found["silence_latent"][0].float()

@@ -19,7 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from acestep_lora.data.fields import line
 from acestep_lora.errors import UserError
+from acestep_lora.filenames import legal
 from acestep_lora.overrides import quote_overrides
 from acestep_lora.processes import is_first
 
@@ -56,8 +58,10 @@ _TOLD = (UserError, HydraException, OmegaConfBaseException)
 
 
 def register() -> None:
-    """Make `${project:...}` and the schemas known; a schema lists the top-level keys: a misspelt one is an error."""
+    """Make `${project:...}`, `${filename:...}` and the schemas known: a schema lists the top-level keys, to tell a
+    misspelt one."""
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
+    OmegaConf.register_new_resolver("filename", lambda text: legal(str(text)), replace=True)
     store = ConfigStore.instance()
     for command, keys in _TOP_LEVEL.items():
         fields = [(key, Any, dataclasses.field(default=None)) for key in keys.split()]
@@ -90,6 +94,8 @@ def sentence(error: BaseException) -> str:
             return f"{group}={option} is not one of {', '.join(cause.options)}."
         if isinstance(cause, OverrideParseException):
             return f"{cause.override} cannot be understood ({str(cause).splitlines()[0]})."
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return f"{cause.name} is not installed: pip install {cause.name}."
         if isinstance(cause, ValueError):  # UserError is one, and so are the complaints of dataclasses
             return str(cause).partition("\n")[0]
     text = " ".join(str(error).split("\n")[:2])
@@ -140,6 +146,8 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
     What `run` returns is the exit code of a single run, and the objective of a sweep's job.
     """
     register()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # Windows pipes know no emoji, and a song's name may hold one
     sys.argv[1:] = quote_overrides(sys.argv[1:])
     trace, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR") == "1", "1"  # Hydra raises, we tell
     codes, told = [], set()
@@ -147,7 +155,8 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
     def tell(error: Exception) -> None:
         if trace:
             raise error
-        if (text := f"error: {sentence(error)}") not in told:  # the jobs of a sweep may all have the same trouble
+        text = f"error: {line(sentence(error))}"  # without the terminal codes that a file's name may hold
+        if text not in told:  # the jobs of a sweep may all have the same trouble
             print(text, file=sys.stderr)
         told.add(text)
         codes.append(1)

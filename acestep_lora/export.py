@@ -27,6 +27,7 @@ from acestep_lora.adapter_files import DIFFUSERS_FILE, LOKR_FILE, PEFT_FILE, che
 from acestep_lora.adapters import AdapterError
 from acestep_lora.dit import load_dit
 from acestep_lora.factors import BaseWeight, Inexpressible, Weights, peft_settings, peft_state
+from acestep_lora.filenames import legal
 from acestep_lora.hashes import write_atomic
 from acestep_lora.lowrank import Limits
 from acestep_lora.naming import to_upstream
@@ -68,8 +69,8 @@ class Options:
             raise AdapterError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}.")
 
     def file(self, suffix: str) -> str:
-        safe = re.sub(r"[^\w.-]+", "_", self.name)[:60].strip("._")
-        return f"{safe or 'adapter'}_{suffix}.safetensors"
+        name = re.sub(r"[^\w.-]+", "_", self.name).strip("._")
+        return f"{legal(name or 'adapter')}_{suffix}.safetensors"
 
     def nearest_lora(self, weights: Weights) -> Weights:
         lora = lowrank.nearest_lora(weights, self.base, self.limits)

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from platformdirs import user_cache_dir
 
+from acestep_lora.untrusted import read_object
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, moved onto `path` when the block ends well and removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short, of one writer, and no link lies in wait there
     try:
         yield temporary
         os.replace(temporary, path)
@@ -32,18 +35,17 @@ class FileHashes:
 
     def __init__(self, store: Path | None = None) -> None:
         self.store = store or Path(user_cache_dir("acestep-lora")) / "hashes.json"
-        self.known: dict[str, list] = {}
         try:
-            self.known = json.loads(self.store.read_text(encoding="utf-8"))
+            self.known: dict[str, list] = read_object(self.store)
         except (OSError, ValueError):
-            pass  # not written yet, or unreadable: everything is hashed again
+            self.known = {}  # not written yet, or unreadable: everything is hashed again
 
     def file(self, path: Path) -> str:
         path = Path(path).resolve()
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = self.known.get(str(path))
-        if not isinstance(entry, list) or entry[:2] != stamp:
+        if not isinstance(entry, list) or entry[:2] != stamp or len(entry) != 3 or not isinstance(entry[2], str):
             with path.open("rb") as file:
                 entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
             self.known[str(path)] = entry

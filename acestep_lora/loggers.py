@@ -6,12 +6,15 @@ import logging
 import netrc
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from acestep_lora.errors import UserError
 from acestep_lora.hashes import write_atomic
+from acestep_lora.untrusted import told
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +31,11 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.columns, rows = ["step"], []
         if self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as file:
+            with told(f"{self.path} is damaged, move it away"), self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
-                rows = [row for row in reader if (row["step"] or "").isdigit() and None not in row.values()]
+                self.columns.index("step")
+                rows = [row for row in reader if (row["step"] or "").isdecimal() and None not in (*row, *row.values())]
         self._rewrite([row for row in rows if resumed_step is None or int(row["step"]) <= resumed_step])
 
     @property
@@ -98,6 +102,13 @@ def wandb_logger(project: str, name: str, save_dir: Path, group: str | None = No
             log.warning("W&B cannot be reached (%s), logging offline", str(error).split("\n")[0])
             wandb.teardown()
     return WandbLogger(**options, offline=True)
+
+
+def tensorboard_logger(**options) -> TensorBoardLogger:
+    """Lightning's, which would not say which extra it needs."""
+    if find_spec("tensorboard") is None:
+        raise UserError('logger=tensorboard needs tensorboard: pip install "acestep-lora[tensorboard]".')
+    return TensorBoardLogger(**options)
 
 
 def upload(loggers: list[Logger], folder: Path, name: str) -> None:

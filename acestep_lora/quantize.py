@@ -3,6 +3,8 @@
 Only the large products of the layers are packed; embeddings, norms and the convolutions at the ends stay as they are.
 """
 
+from importlib.util import find_spec
+
 import peft
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ def check(kind: str, adapter: Adapter) -> None:
         raise UserError(f"model.quantize={kind} is none of {', '.join(KINDS)}.")
     if kind == "none":
         return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantize={kind} needs bitsandbytes, which this installation lacks: use none.")
     if adapter.config is None or adapter.config.func is peft.LoHaConfig:
         raise UserError(
             f"adapter={adapter.name} does not train on packed weights: set model.quantize=none or adapter=lora."

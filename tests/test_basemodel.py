@@ -256,13 +256,13 @@ def test_missing_files(variant, name, message):
 def test_truncated_weights(variant):
     file = variant / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match="model.safetensors is damaged .*: download it again"):
+    with pytest.raises(BaseModelError, match="model.safetensors is damaged, download it again: .*"):
         load_dit(variant)
 
 
 def test_config_that_is_no_json(variant):
     (variant / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(BaseModelError, match="Cannot read .*config.json"):
+    with pytest.raises(BaseModelError, match="config.json cannot be used"):
         find(variant)
 
 
@@ -326,7 +326,7 @@ def test_nothing_is_unpickled(variant, tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save(Code(), variant / "silence_latent.pt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(BaseModelError, match="silence_latent.pt .* it holds something else than tensors"):
         basemodel.constants(basemodel.BaseModel(*[variant] * 7))
     assert not (tmp_path / "executed").exists()
 

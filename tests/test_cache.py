@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_songs
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_filenames import acceptable
 
 from acestep_lora import basemodel
 from acestep_lora.conditioning import Conditioning
 from acestep_lora.data import passes
-from acestep_lora.data.cache import Cache, CacheError, Entry, audio_key, read_upstream, safe_stem, text_key
+from acestep_lora.data.cache import Cache, CacheError, Entry, audio_key, read_upstream, text_key
 from acestep_lora.data.encode import AudioSettings, Encoder, Job
 from acestep_lora.data.track import Track, scan
 from acestep_lora.hashes import FileHashes
@@ -165,32 +164,14 @@ RESERVED += ["🎹" * 300, "音" * 300, "x" * 300, "é" * 119 + "音", "a" * 119
 def test_hostile_stems_make_legal_names(tmp_path, stem):
     cache, track = Cache(tmp_path), replace(TRACK, path=Path(f"{stem}.wav"))
     entry = stored(cache, "a" * 64, "b" * 64, track)
-    assert legal(entry.path.name)
+    assert acceptable(entry.path.name)
     assert cache.find(track, "a" * 64, "b" * 64).path == entry.path
     assert [path.name for path in tmp_path.iterdir()] == [entry.path.name]
 
 
-def legal(name: str) -> bool:
-    """On Windows, macOS and Linux, and with room for a temporary name's additions."""
-    reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
-    return (
-        name.split(".")[0].lower() not in reserved
-        and not set(name) & set('<>:"/\\|?*')
-        and all(ord(sign) >= 32 for sign in name)
-        and name[0] not in " ."
-        and name[-1] not in " ."
-        and len(name.encode()) < 200
-    )
-
-
-@given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/\0"), min_size=1))
-def test_any_stem_makes_a_legal_name(stem):
-    name = safe_stem(Path(f"{stem}.wav"))
-    assert legal(f"{name}-{'0' * 32}.safetensors")
-
-
-def test_plain_stems_stay():
-    assert safe_stem(Path("music/01 春の海 (live) - take 2.flac")) == "01 春の海 (live) - take 2"
+def test_plain_stems_stay(tmp_path):
+    track = replace(TRACK, path=Path("music/01 春の海 (live) - take 2.flac"))
+    assert Cache(tmp_path).path(track, "a" * 64).name == f"01 春の海 (live) - take 2-{'a' * 16}.safetensors"
 
 
 # ---------------------------------------------------------------- keys
@@ -434,6 +415,6 @@ def test_code_in_a_pickle_is_not_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save(upstream(metadata=Code()), tmp_path / "a.pt")
-    with pytest.raises(CacheError, match="is not a tensor file of the official trainer .UnpicklingError"):
+    with pytest.raises(CacheError, match="is not a tensor file of the official trainer: it holds something else"):
         read_upstream(tmp_path / "a.pt", 16)
     assert not (tmp_path / "executed").exists()

@@ -22,6 +22,7 @@ from types import EllipsisType, MappingProxyType
 from acestep_lora.annotate.provider import Line
 from acestep_lora.data import sidecars
 from acestep_lora.errors import UserError
+from acestep_lora.filenames import own
 from acestep_lora.hashes import write_atomic
 
 BACKUP = Path(".acestep/backup")
@@ -187,6 +188,12 @@ def _json(document: Mapping) -> bytes:
     return (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
 
 
+def backup(folder: Path) -> Path:
+    """Where the earlier contents of a folder's sidecars are kept. Raises UserError for a link."""
+    own(folder / BACKUP.parent)
+    return own(folder / BACKUP)
+
+
 def replace(path: Path, content: bytes) -> None:
     """Write a sidecar whole or not at all, and keep what it was."""
     if path.is_file():
@@ -194,6 +201,6 @@ def replace(path: Path, content: bytes) -> None:
         if old == content:
             return
         name = f"{path.stem}.{hashlib.sha256(old).hexdigest()[:12]}{path.suffix}"
-        if not (copy := path.parent / BACKUP / name).exists():
+        if not (copy := backup(path.parent) / name).exists():
             write_atomic(copy, old)
     write_atomic(path, content)

@@ -8,7 +8,7 @@ so a changed caption or another base model re-encodes text only: any entry with 
 """
 
 import json
-import re
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from acestep_lora.data.sidecars import parse_json
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
+from acestep_lora.filenames import LONGEST, legal
 from acestep_lora.hashes import digest, write_atomic
+from acestep_lora.untrusted import is_plain, read_pt, told
 
 _KEY = 16  # hex digits of each key in a file name; the header has them whole
 
@@ -84,10 +87,25 @@ class Entry:
         try:
             with safe_open(path, framework="pt") as file:
                 header, names = file.metadata() or {}, frozenset(file.keys())
-        except (OSError, SafetensorError):
+                shapes = {name: file.get_slice(name).get_shape() for name in names}
+            entry = Entry(path, header, names)
+            return entry if "audio_key" in header and entry._fits(shapes) else None
+        except (OSError, SafetensorError, LookupError, ValueError):
             return None
-        whole = {"latents.mean", "latents.std"} <= names and {"audio_key", "duration", "frames"} <= header.keys()
-        return Entry(path, header, names) if whole else None
+
+    def _fits(self, shapes: dict[str, list[int]]) -> bool:
+        """Whether header and tensors belong together."""
+        frames, mean = self.frames, shapes["latents.mean"]
+        states = [shape for name, shape in shapes.items() if name.startswith("condition.")]
+        windows = {f"condition.caption@{i}" for i in parse_json(self.header.get("windows", "[]"))}
+        return (
+            mean == shapes["latents.std"] == shapes.get("hints", mean)
+            and len(mean) == 2
+            and mean[0] == frames > 0
+            and math.isfinite(self.duration)
+            and all(len(shape) == 2 and shape[0] > 0 for shape in states)
+            and windows <= shapes.keys()
+        )
 
 
 def audio_key(file_hash: str, vae_hash: str, settings: dict) -> str:
@@ -98,12 +116,6 @@ def text_key(texts: list, condition_hash: str, dtype: torch.dtype, timbre_token:
     return digest("text-1", texts, condition_hash, str(dtype), timbre_token)
 
 
-def safe_stem(path: Path) -> str:
-    """A file stem that every file system accepts, at most 120 bytes; the keys behind it make names unique."""
-    legal = re.sub(r'[<>:"/\\|?*.\x00-\x1f]+', "_", path.stem)  # a dot would make CON.live the device CON on Windows
-    return legal.encode()[:120].decode(errors="ignore").strip() or "track"
-
-
 class Cache:
     """The entries of one dataset in one folder."""
 
@@ -112,7 +124,10 @@ class Cache:
         self._lenders: dict[str, list[Path]] | None = None
 
     def path(self, track: Track, audio: str, text: str = "") -> Path:
-        return self.folder / f"{safe_stem(track.path)}-{audio[:_KEY]}{text[:_KEY]}.safetensors"
+        """Where an entry lies: the song's name, as much as fits, is for people; the keys make it unique."""
+        keys = f"-{audio[:_KEY]}{text[:_KEY]}.safetensors"
+        room = LONGEST - len(str(self.folder.absolute())) - 1 - 2 * _KEY - len("-.safetensors")
+        return self.folder / f"{legal(track.path.stem.replace('.', '_'), min(120, max(8, room)))}{keys}"
 
     def create(self) -> None:
         """Make the folder. Raises CacheError where nothing can be written."""
@@ -190,14 +205,10 @@ def read_upstream(path: Path, channels: int) -> tuple[dict[str, Tensor], dict]:
 
     Raises CacheError for anything else, and for files of its "lokr" mode, which show the model the answer as context.
     """
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many types on foreign files; none may stop the other songs
-        raise CacheError(
-            f"{path.name} is not a tensor file of the official trainer ({type(error).__name__})."
-        ) from None
+    with told(f"{path.name} is not a tensor file of the official trainer", CacheError):
+        data = read_pt(path)
     needed = ("target_latents", "encoder_hidden_states", "encoder_attention_mask")
-    missing = [name for name in needed if not isinstance(data, dict) or not isinstance(data.get(name), Tensor)]
+    missing = [name for name in needed if not isinstance(data, dict) or not is_plain(data.get(name))]
     if missing:
         raise CacheError(f"{path.name} is not a tensor file of the official trainer: it lacks {', '.join(missing)}.")
     metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
@@ -206,10 +217,12 @@ def read_upstream(path: Path, channels: int) -> tuple[dict[str, Tensor], dict]:
             f"{path.name} was made for LoKr with the song itself as context: preprocess it again from audio."
         )
     latents, states, mask = data[needed[0]].float(), data[needed[1]], data[needed[2]].bool()
-    if latents.ndim != 2 or latents.shape[1] != channels or not latents.isfinite().all():
+    if latents.ndim != 2 or latents.shape[1] != channels or not len(latents) or not latents.isfinite().all():
         raise CacheError(f"{path.name}: target_latents must be finite and [T, {channels}], got {list(latents.shape)}.")
-    if states.ndim != 2 or mask.shape != states.shape[:1]:
+    if states.ndim != 2 or mask.shape != states.shape[:1] or not mask.any():
         raise CacheError(f"{path.name}: mask {list(mask.shape)} does not fit condition states {list(states.shape)}.")
+    if not states.is_floating_point() or not states[mask].isfinite().all():
+        raise CacheError(f"{path.name}: encoder_hidden_states must be finite numbers, got {states.dtype}.")
     tensors = {
         "latents.mean": latents,
         "latents.std": torch.zeros_like(latents),  # upstream stored one posterior sample

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 from acestep_lora import cli
 from acestep_lora.basemodel import BaseModel
 from acestep_lora.conditioning import Conditioning
-from acestep_lora.data import prior
+from acestep_lora.data import fields, prior
 from acestep_lora.data.cache import Cache, CacheError, read_upstream
 from acestep_lora.data.draws import Draw, EpochOrder, cut
 from acestep_lora.data.encode import AudioSettings, Encoder, Job, collect
 from acestep_lora.data.items import VAL_TIMESTEPS, Batch, Song, TrainSongs, ValSongs, collate
-from acestep_lora.data.track import Scan, Track, read_dataset_json, scan, write_dataset_json
+from acestep_lora.data.track import Scan, Track, fault, read_dataset_json, scan, write_dataset_json
 from acestep_lora.errors import UserError
+from acestep_lora.filenames import own
 from acestep_lora.hashes import FileHashes, digest
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class LatentDataModule(L.LightningDataModule):
             first = source[0]
             source = first if isinstance(first, str) else first["dir"]
         path = Path(source).expanduser()
-        return (path.parent if self.json else path) / ".acestep"
+        return own((path.parent if self.json else path) / ".acestep")
 
     def _scan(self) -> Scan:
         if self.tensors:
@@ -201,14 +202,17 @@ class LatentDataModule(L.LightningDataModule):
         songs, hashes, root = [], FileHashes(self.cache.folder / "files.json"), Path(self.tensors).expanduser()
         for path in sorted(root.rglob("*.pt")):
             try:
+                if reason := fault(path):
+                    raise CacheError(reason)
                 tensors, metadata = read_upstream(path, self.base.channels)
-            except CacheError as error:
+                caption = fields.caption(metadata.get("caption")) or ""
+            except ValueError as error:
                 self.bad.append((path, str(error)))
                 continue
             key = digest("upstream", hashes.file(path))
             frames = len(tensors["latents.mean"])
             duration = frames / self.base.frame_rate
-            name, caption = path.relative_to(root).as_posix(), str(metadata.get("caption", ""))
+            name = path.relative_to(root).as_posix()
             track = Track(id=name, path=path, caption=caption, duration=duration)
             entry = self.cache.find(track, key, key) or self.cache.write(
                 self.cache.path(track, key, key),

@@ -30,6 +30,7 @@ from acestep_lora.data.cache import Cache, Entry, audio_key, text_key
 from acestep_lora.data.fields import INSTRUMENTAL
 from acestep_lora.data.track import Track
 from acestep_lora.hashes import FileHashes, digest, write_atomic
+from acestep_lora.untrusted import read_object
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,12 @@ class BadFiles:
         self.store = store
         self.decoders = [soundfile.__libsndfile_version__, find_spec("av") is not None]
         try:
-            self.known: dict[str, str] = json.loads(store.read_text(encoding="utf-8"))
+            self.known: dict[str, str] = read_object(store)
         except (OSError, ValueError):
             self.known = {}
 
     def problem(self, job: Job) -> str:
-        return self.known.get(self._key(job), "")
+        return str(self.known.get(self._key(job), ""))
 
     def _key(self, job: Job) -> str:
         """Of its words once it has latents, of its file before."""

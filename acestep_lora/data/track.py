@@ -24,7 +24,7 @@ from acestep_lora.hashes import write_atomic
 AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw", ".mat4", ".mat5"}
 AUDIO_SUFFIXES |= set(".opus .oga .aif .aifc .snd .m4a .aac .wma .webm .mka .mp4".split())
 TAG_POSITIONS = ("prepend", "append", "replace")
-_DATASET_JSON_BYTES = 256 << 20
+_DATASET_JSON_BYTES, _MOST_SAMPLES = 128 << 20, 100_000
 
 Problems = list[tuple[Path, str]]
 
@@ -155,8 +155,8 @@ def _is_audio(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
-def _fault(path: Path) -> str | None:
-    """Why an audio file cannot be a track; whether it decodes is for the decoder to say."""
+def fault(path: Path) -> str | None:
+    """Why a file cannot be a track by its name or kind; whether it decodes is for the decoder to say."""
     if fields.clean(str(path)) != str(path):
         return "has a name with control characters or invalid Unicode: rename it"
     if not os.path.isfile(path):
@@ -175,8 +175,8 @@ def _scan_folder(root: Path, prefix: str, problems: Problems) -> list[Track]:
             tables[path], remarks = sidecars.read_csv(path)
             problems += [(path, remark) for remark in remarks]
         for path in here:
-            if fault := _fault(path):
-                problems.append((path, fault))
+            if reason := fault(path):
+                problems.append((path, reason))
                 continue
             claims, remarks = sidecars.read_claims(path.stem, files)
             for table, rows in tables.items():
@@ -220,9 +220,9 @@ def read_dataset_json(path: str | os.PathLike, **options) -> Scan:
     samples, found = _read_document(path)
     for number, sample in enumerate(samples, start=1):
         audio = _locate(path.parent, sample) if isinstance(sample, dict) else None
-        fault = f"{show(sample)} names no audio file" if audio is None else _fault(audio)
-        if fault:
-            found.problems.append((path, f"sample {number}: {fault}"))
+        reason = f"{show(sample)} names no audio file" if audio is None else fault(audio)
+        if reason:
+            found.problems.append((path, f"sample {number}: {reason}"))
             continue
         record = sidecars.canonical(sample)
         if record.get("custom_tag") == found.custom_tag:
@@ -243,6 +243,8 @@ def _read_document(path: Path) -> tuple[list, Scan]:
         samples, metadata = document.get("samples"), document.get("metadata") or {}
         if not isinstance(samples, list) or not isinstance(metadata, dict):
             raise ValueError("it is not in upstream's schema, an object of metadata and a list of samples")
+        if len(samples) > _MOST_SAMPLES:
+            raise ValueError(f"it holds {len(samples)} samples, more than {_MOST_SAMPLES}: split it")
         settings = {
             "custom_tag": fields.caption(metadata.get("custom_tag")) or "",
             "tag_position": metadata.get("tag_position") or "prepend",

@@ -262,7 +262,7 @@ class Review:
         if self.output.is_file():
             old = self.output.read_bytes()
             name = f"{self.output.stem}.{hashlib.sha256(old).hexdigest()[:12]}.json"
-            write_atomic(self.output.parent / record.BACKUP / name, old)
+            write_atomic(record.backup(self.output.parent) / name, old)
         tracks = settings.settle(self.scan).tracks
         write_dataset_json(tracks, self.output, name=self.output.parent.name, genre_ratio=settings.genre_ratio)
         return self.output
