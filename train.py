@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from acestep_lora import cli
+from acestep_lora.interrupts import raising
 
 
 @dataclass
@@ -23,13 +24,13 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
     import lightning as L
     from hydra.utils import instantiate
 
-    from acestep_lora import loggers, plan, report, reports, runs
+    from acestep_lora import identity, loggers, plan, report, reports, runs
     from acestep_lora.data.prior import read_prompts
     from acestep_lora.hashes import FileHashes
     from acestep_lora.processes import is_first
 
     run = runs.open_run(folder, cfg.name, cfg.resume, cfg.overwrite, given)
-    with runs.log_to(run.folder):
+    with runs.occupied(run), raising("stopped; nothing is lost, and the same command goes on."):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
         shared = {"base": base, "seed": cfg.seed, "dtype": hardware.dtype, "timbre_token": cfg.model.timbre_token}
@@ -39,24 +40,22 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
         data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches, prior_prompts=others)
         length = runs.plan_length(cfg, len(data.scan.tracks), hardware.processes)
         if runs.finished(cfg, run, length):
-            return Result(
-                None,
-                0,
-                f"{run.folder} is finished; a larger trainer.max_epochs, trainer.max_steps or early_stopping.patience "
-                "extends it.",
-            )
+            return Result(None, 0, runs.told_finished(run))
         module = plan.make_module(cfg, base, hardware, data.scan.tracks)  # first: a job that cannot fit ends here
         runs.save_config(cfg, run.folder)
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
-        kept = runs.callbacks(cfg, run, metadata, length, base, hardware)
-        options = hardware.trainer_options(shard=True) | {"precision": hardware.resolved_precision()}
+        precision = hardware.resolved_precision()
+        described = identity.of(cfg, metadata["base_model_sha256"], precision, hardware.processes)
+        kept = runs.callbacks(cfg, run, metadata, described, length, base, hardware)
+        options = hardware.trainer_options(shard=True) | {"precision": precision}
         trainer = instantiate(
             cfg.trainer,
             **options,
             max_epochs=length.max_epochs,
             max_steps=length.max_steps,
+            max_time=None,  # a callback's
             check_val_every_n_epoch=length.check_val_every_n_epoch,
             log_every_n_steps=length.log_every_n_steps,
             callbacks=list(kept.values()),

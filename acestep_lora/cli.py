@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from acestep_lora.data.fields import line
 from acestep_lora.errors import UserError
 from acestep_lora.filenames import legal
+from acestep_lora.interrupts import Interrupted
 from acestep_lora.overrides import quote_overrides
 from acestep_lora.processes import is_first
 
@@ -36,8 +38,8 @@ LEFT_OUT = 3
 
 _TOP_LEVEL = {
     "train": "dataset model conditioning timesteps adapter optimizer scheduler trainer hardware logger experiment name "
-    "output_dir seed resume overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best sample "
-    "previews training_report comfyui_dora early_stopping preservation ema module",
+    "output_dir seed resume allow_changes overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best "
+    "sample previews training_report comfyui_dora early_stopping preservation ema module",
     "preprocess": "dataset model conditioning hardware seed prune output",
     "annotate": "dataset model hardware tempo_key transcriber structure captioner policy dry_run report",
     "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",
@@ -179,6 +181,12 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
         entry()
     except _TOLD as error:
         tell(error)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        codes.append(stopped.code)
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        codes.append(128 + signal.SIGINT)
     raise SystemExit(max(codes, default=0))
 
 

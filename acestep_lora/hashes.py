@@ -30,6 +30,45 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+SUMS = "sha256.json"
+"""The file in a sealed folder that says what belongs into it."""
+
+
+def seal(folder: Path) -> None:
+    """Write down size and sha256 of every file in a folder, once they have reached the disk."""
+    sums = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+            sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(file)]
+    write_atomic(folder / SUMS, json.dumps(sums, indent=0).encode())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of a sealed folder; None when it is as it was written, or nothing says how that was."""
+    try:
+        size, sha256 = json.loads((path.parent / SUMS).read_text(encoding="utf-8"))[path.name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    try:
+        if path.stat().st_size != size:
+            return f"{path.stat().st_size} bytes instead of {size}"
+        with path.open("rb") as file:
+            return None if _sha256(file) == sha256 else "its content has changed"
+    except OSError as error:
+        return error.strerror
+
+
+def _sha256(file) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of processes that were killed; for whoever has the folder to himself."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 class FileHashes:
     """Remembers digests in one JSON file. Losing or sharing that file costs time, never correctness."""
 
@@ -47,7 +86,7 @@ class FileHashes:
         entry = self.known.get(str(path))
         if not isinstance(entry, list) or entry[:2] != stamp or len(entry) != 3 or not isinstance(entry[2], str):
             with path.open("rb") as file:
-                entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
+                entry = [*stamp, _sha256(file)]
             self.known[str(path)] = entry
         return entry[2]
 

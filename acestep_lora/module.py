@@ -11,18 +11,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from acestep_lora import adapters, basemodel, flow
+from acestep_lora import adapters, basemodel, flow, numerics
 from acestep_lora.adapters import Adapter
 from acestep_lora.conditioning import hint_context, silence_context
 from acestep_lora.data.items import VAL_TIMESTEPS, Batch
 from acestep_lora.dit import AceStepDiT, load_dit
+from acestep_lora.errors import UserError
+from acestep_lora.numerics import Guard
 from acestep_lora.quantize import check as check_quantize
 from acestep_lora.quantize import quantize as pack
 from acestep_lora.quantize import weight_of
 from acestep_lora.randomness import key
-from acestep_lora.sharding import FSDP2, whole
+from acestep_lora.sharding import FSDP2, local, whole
 
 log = logging.getLogger(__name__)
+
+
+def check_optimizer(make: Callable[..., Optimizer]) -> None:
+    """Raise UserError for options that an optimizer refuses, before there is anything to optimise."""
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"optimizer: {error}.") from None
 
 
 class FlowModule(L.LightningModule):
@@ -36,6 +46,7 @@ class FlowModule(L.LightningModule):
         attention: how the sliding layers compute, one of `attention.KINDS`; compile: compile each layer.
         quantize: how the frozen weights are kept, one of `quantize.KINDS`.
         preservation: weight of `drift` in what is minimised.
+        spike, max_skipped: see numerics.Guard.
     """
 
     strict_loading = False  # checkpoints hold what is trained; the base model's weights come from the base model
@@ -54,9 +65,13 @@ class FlowModule(L.LightningModule):
         seed: int = 42,
         grad_norms_every_n_steps: int = 100,
         preservation: float | None = None,
+        spike: float | None = 10.0,
+        max_skipped: int = 10,
     ) -> None:
         super().__init__()
         check_quantize(quantize, adapter)
+        check_optimizer(optimizer)
+        self.guard = Guard(spike, max_skipped)
         self.base, self.adapter, self.dtype_frozen, self.quantize = base, adapter, dtype, quantize
         self.recompute, self.attention, self.compiled = recompute, attention, compile
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
@@ -64,6 +79,8 @@ class FlowModule(L.LightningModule):
         self.preservation = preservation or 0.0
         self.dit = None
         self.base_losses: Tensor | None = None
+        self._loss = torch.zeros(3)  # sums of losses, drifts and items since the last logged step, of all ranks
+        self._window = torch.zeros(3)  # the same of the optimizer step in progress, of this rank
 
     # ------------------------------------------------------------ model
 
@@ -102,6 +119,7 @@ class FlowModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["base_losses"] = self.base_losses
+        checkpoint["guard"], checkpoint["loss"] = self.guard.state.cpu(), self._loss.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Refuse weights of another adapter; Lightning itself would load what fits and say nothing."""
@@ -109,6 +127,7 @@ class FlowModule(L.LightningModule):
         if wrong:
             raise adapters.AdapterError(f"The checkpoint holds another adapter: {wrong[0]} has no counterpart.")
         self.base_losses = checkpoint["base_losses"]
+        self.guard.state, self._loss = checkpoint["guard"], checkpoint["loss"]
 
     def configure_optimizers(self) -> dict | Optimizer:
         optimizer = self.make_optimizer(list(self.trainable().values()))
@@ -168,36 +187,60 @@ class FlowModule(L.LightningModule):
         if self.adapter.dropout:
             torch.manual_seed(batch.key)  # dropout masks, too, are a function of the step
         objective, losses, drift = (each * batch.weight for each in self.objective(batch))
-        self._loss.add_(torch.stack([losses.sum(), drift.sum(), batch.weight.sum()]))
+        self.guard.see(objective.detach(), batch.tracks)
+        self._window.add_(torch.stack([losses.sum(), drift.sum(), batch.weight.sum()]))
         # Lightning divides by the accumulation count and DDP by the world size. Undone here, the gradient of an
         # optimizer step is the mean over its items, also when the last window of an epoch is a partial one.
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return objective.sum() * (accumulate * world / batch.window)
 
     def on_train_start(self) -> None:
-        self._loss = torch.zeros(3, device=self.device)  # sums of losses, drifts and items since the last logged step
+        self._loss, self._window = self._loss.to(self.device), self._window.to(self.device)
+        self.guard.state = self.guard.state.to(self.device)
         self._logged_step = self.global_step
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
         if self.global_step == self._logged_step:
             return  # inside an accumulation window
         self._logged_step = self.global_step
+        self.log("train/skipped_steps", self.guard.skipped)
         self.log("lr", self._lr)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # the ranks speak to each other only then
-            loss, drift, items = self.trainer.strategy.reduce(self._loss, reduce_op="sum")
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            loss, drift, items = self._loss
             self.log("train/loss", loss / items, prog_bar=True)
             if batch.prior is not None:
                 self.log("train/prior_loss", drift / items)
-            self._loss.zero_()
+            self.guard.report(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self._lr = optimizer.param_groups[0]["lr"]  # of this step, before the schedule moves on
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable().values(), gradient_clip_val or float("inf"))
-        self.log("train/grad_norm", whole(norm))
+        norm = whole(norm)
+        self.log("train/grad_norm", norm)
         if self.grad_norms_every_n_steps and (self.global_step + 1) % self.grad_norms_every_n_steps == 0:
             self.log_dict(self._block_norms())
+        self._skip_or_take(optimizer, norm)
+
+    def _skip_or_take(self, optimizer: Optimizer, norm: Tensor) -> None:
+        window = self.trainer.strategy.reduce(self._window, reduce_op="sum").clone()
+        self._window.zero_()
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        bad = self.guard.judge(norm, window[0] / window[2], scaled)
+        numerics.skip(optimizer, bad)
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self._loss.zero_()  # logged with the step before
+        self._loss.add_(window.masked_fill(bad, 0.0))
+
+    def check_finite(self) -> None:
+        """Raise NumericError if what is trained is not finite: such weights are worth nothing, and are not saved."""
+        finite = torch.stack([local(parameter).isfinite().all() for parameter in self.trainable().values()]).all()
+        if not self.trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            raise numerics.NumericError(
+                f"After step {self.global_step} the trained weights are no longer finite, and are not saved: "
+                "resume=auto goes back to the last checkpoint; a lower optimizer.lr keeps them finite in a new run."
+            )
 
     def _block_norms(self) -> dict[str, Tensor]:
         """Gradient norm of each block, still on the device: one kernel for all parameters, no synchronisation."""

@@ -1,24 +1,27 @@
 """A run's folder: where it is, whether it may be used, what it resumes from, how long it goes on."""
 
+import errno
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from acestep_lora import basemodel
 from acestep_lora.callbacks.checkpoints import Checkpoints, checkpoint_folders
 from acestep_lora.callbacks.ema import AdapterEMA
+from acestep_lora.callbacks.last import LastValidation
 from acestep_lora.callbacks.previews import Previews
 from acestep_lora.callbacks.progress import progress_bar
 from acestep_lora.callbacks.reporting import Reporter
@@ -27,7 +30,9 @@ from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.errors import UserError
 from acestep_lora.hardware import Hardware
-from acestep_lora.hashes import write_atomic
+from acestep_lora.hashes import damage, remove_leftovers, write_atomic
+from acestep_lora.identity import Identity
+from acestep_lora.locks import locked
 from acestep_lora.loggers import MetricsCSV
 from acestep_lora.processes import is_first
 
@@ -36,79 +41,148 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """An output folder and the checkpoint that training continues from, if any."""
+    """An output folder and the checkpoint that training continues from, if any: steps and whole epochs done in it."""
 
     folder: Path
     checkpoint: Path | None = None
     step: int | None = None
-    epoch: int | None = None
+    epochs: int | None = None
+    identity: Identity = field(default_factory=dict)
 
 
 def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given: bool) -> Run:
-    """Decide where a run writes and what it resumes.
+    """Decide where a run writes and what it resumes; nothing is changed yet.
 
     Args:
         folder: the output folder asked for, or a fresh one.
         name: of the run; `resume=auto` looks for its newest run beside `folder` when no output folder was `given`.
-        resume: None, "auto", or a checkpoint (its folder or its state.ckpt).
+        resume: None, "auto", or a checkpoint (its folder or its state.ckpt). A job that Slurm runs again means "auto".
 
     Of several processes the first decides and writes; the others only need to know the checkpoint.
 
     Raises:
         UserError: the folder is in use, or the checkpoint cannot be read.
     """
+    if resume is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        resume = "auto"
     if resume is None and not is_first():
         return Run(folder)
     if resume is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            if not overwrite:
-                raise UserError(f"{folder} is not empty: resume=auto continues it, overwrite=true starts over.")
-            clear(folder)
+        if not overwrite and _is_used(folder):
+            raise UserError(f"{folder} is not empty: resume=auto continues it, overwrite=true starts over.")
         return Run(folder)
     if resume != "auto":
         path = Path(resume).expanduser()
         path = path / "state.ckpt" if path.is_dir() else path
-        found = _intact(path)
-        if found is None:
-            raise UserError(f"resume={resume} is not a readable checkpoint: give a folder from a run's checkpoints/.")
         home = path.resolve().parents[2] if path.name == "state.ckpt" else folder
-        return Run(folder if given else home, path, *found)
+        try:
+            return _read(folder if given else home, path)
+        except _Damaged as damaged:
+            raise UserError(
+                f"resume={resume} is not a readable checkpoint ({damaged}): give a folder from a run's checkpoints/."
+            ) from None
     places = [folder] if given else sorted(folder.parent.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place in places:
-        for checkpoint in reversed(checkpoint_folders(place)):
-            found = _intact(checkpoint / "state.ckpt")
-            if found:
-                log.info("resuming %s at epoch %d, step %d", checkpoint, found[1], found[0])
-                return Run(place, checkpoint / "state.ckpt", *found)
-            log.warning("%s is damaged; trying the checkpoint before it", checkpoint)
+        run = _newest(place)
+        if run:
+            return run
     log.info("resume=auto: no checkpoint of %s found, starting from the beginning", folder if given else name)
+    if (folder / "adapter").is_dir():
+        raise UserError(f"{folder} has an adapter/ but no checkpoint to go on from: overwrite=true starts over.")
     return Run(folder)
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left in a folder, and nothing else that may lie there."""
+def _is_used(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+
+
+def _newest(folder: Path) -> Run | None:
+    """The newest intact checkpoint of a run, None where it never had one."""
+    folders, damaged = checkpoint_folders(folder), []
+    for checkpoint in reversed(folders):
+        try:
+            run = _read(folder, checkpoint / "state.ckpt")
+        except _Damaged as reason:
+            damaged.append(f"{checkpoint} is damaged ({reason})")
+            continue
+        for text in damaged:
+            log.warning("%s; going on from %s instead", text, checkpoint)
+        log.info("resuming %s at step %d, after %d whole epochs", checkpoint, run.step, run.epochs)
+        return run
+    if damaged:
+        raise UserError(f"{damaged[0]}, and so is every other checkpoint there: overwrite=true starts over.")
+    return None
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _read(folder: Path, path: Path) -> Run:
+    """What a checkpoint says of itself. Tensors, numbers and strings only: no pickle is executed."""
+    if reason := damage(path):
+        raise _Damaged(reason)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Run(folder, path, checkpoint["global_step"], checkpoint["epochs"], checkpoint["identity"])
+    except Exception as error:  # noqa: BLE001 - a damaged zip raises whatever its bytes happen to hit
+        raise _Damaged(str(error).split("\n")[0] or type(error).__name__) from None
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def occupied(run: Run) -> Iterator[None]:
+    """The run's folder, made, locked and logged into inside the block; one that starts over is cleared first.
+
+    Raises UserError where it cannot be written, or another process trains there.
+    """
+    if not is_first():
+        yield  # of several processes, one does all this
+        return
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / LOCK).touch()
+    except OSError as error:
+        raise _cannot_write(run.folder, error) from None
+    with locked(run.folder / LOCK, f"{run.folder} is in use by another training."), ExitStack() as stack:
+        clear(run.folder, run.checkpoint is not None)
+        stack.enter_context(_log_to(run.folder))
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _DISK or str(error.filename or "").startswith(str(run.folder)):
+                raise _cannot_write(run.folder, error) from error
+            raise
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""What only happens to files that are written."""
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"Cannot write to {folder} ({error}): make room there, or choose output_dir=...; checkpoints there are whole."
+    )
+
+
+def clear(folder: Path, resumed: bool = False) -> None:
+    """Remove what killed processes left in a folder and, unless it is resumed, what an earlier run did; no more."""
+    for path in (folder / "checkpoints").glob(".epoch_*"):
+        shutil.rmtree(path)
+    remove_leftovers(folder)
+    if resumed:
+        return
     for name in ("checkpoints", "adapter", "adapter_best", "samples"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.csv", "train.log", "config.yaml", "dataset.json", "progress.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 
-def _intact(path: Path) -> tuple[int, int] | None:
-    """(step, epoch) of a checkpoint that loads, else None. Tensors, numbers and strings only: no pickle is executed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint["global_step"], checkpoint["epoch"]
-    except Exception:  # noqa: BLE001 - a damaged zip raises whatever its bytes happen to hit
-        return None
-
-
 @contextmanager
-def log_to(folder: Path) -> Iterator[None]:
-    """Everything that is logged inside the block, in `train.log` of the run; of several processes, by the first."""
-    if not is_first():
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+def _log_to(folder: Path) -> Iterator[None]:
+    """Everything that is logged inside the block, in `train.log` of the run."""
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -161,6 +235,9 @@ class Length:
 def plan_length(cfg: DictConfig, tracks: int, processes: int = 1) -> Length:
     """Fill in what the config leaves open: epochs by the recipe, about 40 validations and 10 checkpoints per run."""
     trainer = cfg.trainer
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer[name] == 0:
+            raise UserError(f"trainer.{name}=0 trains nothing: leave it out, or give a larger number.")
     held_out = max(1, round(tracks * cfg.dataset.val_fraction)) if tracks >= 5 and cfg.dataset.val_fraction else 0
     items_per_step = cfg.dataset.batch_size * trainer.accumulate_grad_batches * processes
     steps_per_epoch = math.ceil((tracks - held_out) / items_per_step)
@@ -176,10 +253,10 @@ def plan_length(cfg: DictConfig, tracks: int, processes: int = 1) -> Length:
 
 
 def finished(cfg: DictConfig, run: Run, length: Length) -> bool:
-    """Whether the checkpoint already is the end of a run of this length, planned or early."""
+    """Whether the checkpoint is the end of a run of this length, planned or early; a run's last is named after all."""
     if run.step is None:
         return False
-    if length.max_steps == run.step or (length.max_epochs != -1 and run.epoch + 1 >= length.max_epochs):
+    if 0 <= length.max_steps <= run.step or 0 <= length.max_epochs <= run.epochs:
         return True
     early = early_stop(cfg)
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
@@ -194,10 +271,28 @@ def early_stop(cfg: DictConfig) -> EarlyStop | None:
     return None if options.patience is None and options.target_loss is None else EarlyStop(cfg.metric, **options)
 
 
+def told_finished(run: Run) -> str:
+    longer = "trainer.max_epochs, trainer.max_steps or early_stopping.patience"
+    message = f"{run.folder} is finished; a larger {longer} extends it."
+    if not (run.folder / "adapter").is_dir():
+        message += f" Its adapter is {run.checkpoint.parent / 'adapter'}."
+    return message
+
+
 def callbacks(
-    cfg: DictConfig, run: Run, metadata: dict[str, str], length: Length, base: basemodel.BaseModel, hardware: Hardware
+    cfg: DictConfig,
+    run: Run,
+    metadata: dict[str, str],
+    described: Identity,
+    length: Length,
+    base: basemodel.BaseModel,
+    hardware: Hardware,
 ) -> dict[str, Callback]:
-    kept = {"progress": progress_bar(), "throughput": Throughput()}
+    """By name, in the order in which Lightning calls them."""
+    kept: dict[str, Callback] = {"progress": progress_bar(), "throughput": Throughput()}
+    if cfg.trainer.max_time is not None:
+        kept["timer"] = Timer(cfg.trainer.max_time)  # ours, because it must come before those that look at the result
+    kept["last"] = LastValidation()
     if cfg.ema.decay is not None:
         kept["ema"] = AdapterEMA(cfg.ema.decay)
     if early := early_stop(cfg):
@@ -206,6 +301,9 @@ def callbacks(
         run.folder,
         cfg.name,
         metadata,
+        described,
+        run,
+        allow_changes=cfg.allow_changes,
         metric=cfg.metric,
         save_every_n_epochs=length.save_every_n_epochs,
         save_every_n_steps=cfg.save_every_n_steps,

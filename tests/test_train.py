@@ -21,7 +21,7 @@ from acestep_lora.data.encode import stage
 from acestep_lora.dit import load_dit
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import FileHashes
-from acestep_lora.runs import open_run
+from acestep_lora.runs import occupied, open_run
 
 STEPS = ("trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=1")
 SAVE = ("save_every_n_steps=1", "keep_last=null")
@@ -146,7 +146,7 @@ def test_resume_refuses_another_adapter(finished, run, tmp_path):
     _, whole = finished
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    with pytest.raises(AdapterError, match="no counterpart"):
+    with pytest.raises(UserError, match="adapter.mlp was False and is True"):
         run("trainer.max_steps=9", "adapter.mlp=true", "resume=auto", folder=copy)
 
 
@@ -345,5 +345,5 @@ def test_overwrite_clears_what_a_run_left_and_nothing_else(tmp_path):
     for name in ("checkpoints/epoch_0000-step_000001/state.ckpt", "adapter/a", "metrics.csv", "my_notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    open_run(tmp_path, "demo", resume=None, overwrite=True, given=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["my_notes.txt"]
+    with occupied(open_run(tmp_path, "demo", resume=None, overwrite=True, given=True)):
+        assert {path.name for path in tmp_path.iterdir()} == {"my_notes.txt", "train.log", ".lock"}

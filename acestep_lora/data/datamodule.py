@@ -23,6 +23,7 @@ from acestep_lora.data.track import Scan, Track, fault, read_dataset_json, scan,
 from acestep_lora.errors import UserError
 from acestep_lora.filenames import own
 from acestep_lora.hashes import FileHashes, digest
+from acestep_lora.interrupts import ignore
 
 log = logging.getLogger(__name__)
 
@@ -288,6 +289,7 @@ class LatentDataModule(L.LightningDataModule):
             "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": ignore,
             "pin_memory": torch.cuda.is_available(),
         }
 

@@ -30,6 +30,7 @@ from acestep_lora.data.cache import Cache, Entry, audio_key, text_key
 from acestep_lora.data.fields import INSTRUMENTAL
 from acestep_lora.data.track import Track
 from acestep_lora.hashes import FileHashes, digest, write_atomic
+from acestep_lora.interrupts import ignore
 from acestep_lora.untrusted import read_object
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,9 @@ class Encoder:
         if audio:
             self.cache.create()
             self.files.save()
-            songs = AheadLoader(SpoolDataset(self, audio), batch_size=None, num_workers=num_workers)
+            songs = AheadLoader(
+                SpoolDataset(self, audio), batch_size=None, num_workers=num_workers, worker_init_fn=ignore
+            )
             stage("VAE", lambda: VAEPass.load(self, audio), lambda vae: self._predict(vae, songs, trainer))
             self._share(jobs)
             self.bad.remember(audio)
