@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from acestep_lora import cli
+from acestep_lora.interrupts import raising
 
 
 def preprocess(cfg: DictConfig):
@@ -22,7 +23,8 @@ def preprocess(cfg: DictConfig):
         dtype=hardware.dtype,
         timbre_token=cfg.model.timbre_token,
     )
-    data.encode(**hardware.trainer_options())
+    with raising("stopped; what was encoded is kept, and the same command goes on."):
+        data.encode(**hardware.trainer_options())
     if not is_first():
         return data
     print(f"{len(data.songs)} songs in {data.cache.folder}, {data.made} of them made now")

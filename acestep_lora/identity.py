@@ -65,12 +65,13 @@ def check(checkpoint: Path, before: Identity, now: Identity, allow_changes: bool
 
     allow_changes: resume all the same where its tensors still mean what they did.
     """
-    common = [key for key in before | now if before.get(key) != now.get(key)]
-    fixed = [key for key in common if key.startswith(_FIXED) and key not in _LOOSE]
-    if not common or (allow_changes and not fixed):
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    fixed = [key for key in changed if key.startswith(_FIXED) and key not in _LOOSE]
+    if not changed or (allow_changes and not fixed):
         return
-    told = "; ".join(_tell(key, before, now) for key in (fixed or common)[:3])
-    more = f" and {len(fixed or common) - 3} more" if len(fixed or common) > 3 else ""
+    kinds_first = sorted(fixed or changed, key=lambda key: not key.endswith("_target_"))
+    told = "; ".join(_tell(key, before, now) for key in kinds_first[:3])
+    more = f" and {len(kinds_first) - 3} more" if len(kinds_first) > 3 else ""
     advice = "allow_changes=true resumes all the same."
     if fixed:
         advice = f"start a new run, which adapter.init_from={checkpoint.parent / 'adapter'} can begin with."

@@ -62,9 +62,9 @@ class MetricsCSV(Logger):
             self._last_at = self.path.stat().st_size
         self._last_row |= {name: repr(float(value)) for name, value in metrics.items()}
         with self.path.open("r+", newline="", encoding="utf-8") as file:
-            file.truncate(self._last_at)
             file.seek(self._last_at)
             self._writer(file).writerow(self._last_row)
+            file.truncate()  # afterwards: a process killed in between has lost nothing
 
     def _writer(self, file) -> csv.DictWriter:
         return csv.DictWriter(file, self.columns, lineterminator="\n")

@@ -84,6 +84,11 @@ class FlowModule(L.LightningModule):
 
     # ------------------------------------------------------------ model
 
+    def setup(self, stage: str) -> None:
+        if self.total_steps() < 1:
+            limit = self.trainer.limit_train_batches
+            raise UserError(f"trainer.limit_train_batches={limit} leaves nothing of an epoch to train on.")
+
     def configure_model(self) -> None:
         if self.dit is not None:
             return

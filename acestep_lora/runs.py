@@ -235,9 +235,12 @@ class Length:
 def plan_length(cfg: DictConfig, tracks: int, processes: int = 1) -> Length:
     """Fill in what the config leaves open: epochs by the recipe, about 40 validations and 10 checkpoints per run."""
     trainer = cfg.trainer
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        if trainer[name] == 0:
-            raise UserError(f"trainer.{name}=0 trains nothing: leave it out, or give a larger number.")
+    for name in ("max_epochs", "max_steps", "accumulate_grad_batches"):
+        value = trainer[name]
+        if (
+            value is not None and value < 1 and (value != -1 or name == "accumulate_grad_batches")
+        ):  # Lightning's endless
+            raise UserError(f"trainer.{name} must be at least 1, got {value}: a run would train nothing.")
     held_out = max(1, round(tracks * cfg.dataset.val_fraction)) if tracks >= 5 and cfg.dataset.val_fraction else 0
     items_per_step = cfg.dataset.batch_size * trainer.accumulate_grad_batches * processes
     steps_per_epoch = math.ceil((tracks - held_out) / items_per_step)

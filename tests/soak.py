@@ -35,6 +35,7 @@ from scipy.stats import theilslopes  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 from acestep_lora import cli, export  # noqa: E402
+from acestep_lora.runs import LOCK  # noqa: E402
 
 STEPS = 48
 OPTIONS = [
@@ -131,7 +132,7 @@ class Soak:
         kills = [self.disturb(folder) for _ in range(self.random.randint(1, 4))]
         found = self.finish(folder, resume=folder.exists())
         differs = sorted(name for name in found if found[name] != self.reference[name])
-        left = sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+        left = sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != LOCK)
         if not differs and not any("traceback" in kill for kill in kills):
             shutil.rmtree(folder)  # a cycle that went wrong is kept
         gc.collect()

@@ -228,6 +228,8 @@ class Checkpoints(L.Callback):
         """A run that ends inside an epoch is validated after its last checkpoint was taken."""
         if trainer.is_global_zero and self._written is not None:
             path = self._written / "state.ckpt"
+            if self.last_value is not None:
+                self.values[self._written.name[1:]] = self.last_value
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state["callbacks"][self.state_key] != self.state_dict():
                 state["callbacks"][self.state_key] = self.state_dict()

@@ -10,8 +10,9 @@ so a changed caption or another base model re-encodes text only: any entry with 
 import json
 import math
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from acestep_lora.data.sidecars import parse_json
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
 from acestep_lora.filenames import LONGEST, legal
-from acestep_lora.hashes import digest, write_atomic
+from acestep_lora.hashes import digest, remove_leftovers, write_atomic
+from acestep_lora.locks import is_locked, locked
+from acestep_lora.processes import is_first
 from acestep_lora.untrusted import is_plain, read_pt, told
 
 _KEY = 16  # hex digits of each key in a file name; the header has them whole
@@ -137,6 +140,31 @@ class Cache:
         except OSError as error:
             raise self._refused(error) from None
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One process, or the first of several that are one run, at a time; others wait. What killed ones left goes."""
+        self.create()
+        if not is_first():
+            yield
+            return
+        with locked(self.folder / ".lock", f"{self.folder} is being filled by another process.", wait=True):
+            remove_leftovers(self.folder)
+            for spool in self.folder.glob("*.f32"):
+                spool.unlink(missing_ok=True)
+            self.forget()
+            yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep others from removing entries (`prune`); without effect where nothing can be written."""
+        path = self.folder / f".in-use-{uuid.uuid4().hex}.lock"
+        with ExitStack() as stack:
+            with suppress(OSError):
+                stack.enter_context(locked(path, f"{path} is in use."))
+            yield
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
     def _refused(self, error: Exception) -> CacheError:
         return CacheError(f"Cannot write to {self.folder} ({error}): choose dataset.cache_dir=...")
 
@@ -176,7 +204,14 @@ class Cache:
         return Entry(path, header, frozenset(tensors))
 
     def prune(self, wanted: set[Path]) -> list[Path]:
-        """Remove every entry that is not wanted, and what interrupted writes left behind."""
+        """Remove every entry that is not wanted, and what interrupted writes left behind.
+
+        Raises CacheError while a training reads from here.
+        """
+        for path in self.folder.glob(".in-use-*.lock"):
+            if is_locked(path):
+                raise CacheError(f"{self.folder} is in use by a training: prune it when that has ended.")
+            path.unlink(missing_ok=True)
         orphans = [path for path in self.folder.glob("*.safetensors") if path not in wanted]
         orphans += [path for pattern in (".*.tmp", ".tmp*", "*.f32") for path in self.folder.glob(pattern)]
         for path in orphans:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,10 @@ class ResumableLoader(DataLoader):
                 f"devices) and not {now}: resume with the same, or from a checkpoint at the end of an epoch."
             )
         self.batch_sampler.start = state["taken"]
+
+
+def _missing(jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if not job.ready and not job.problem]
 
 
 def _reasons(bad: list[tuple[Path, str]]) -> str:
@@ -116,6 +121,8 @@ class LatentDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise DatasetError(f"dataset.batch_size must be at least 1, got {batch_size}.")
+        if not 0 <= val_fraction < 1:
+            raise DatasetError(f"dataset.val_fraction must be in [0, 1), got {val_fraction}.")
         if preload not in (True, False, "auto"):
             raise DatasetError(f"dataset.preload={preload} is none of auto, true, false.")
         if crop_lyrics and (tensors or not crop_seconds):
@@ -136,6 +143,7 @@ class LatentDataModule(L.LightningDataModule):
         self.remarks: dict[str, list[str]] = {}  # track id -> what was noticed while encoding
         self.songs: list[Song] | None = None
         self.made = 0  # songs that `encode` added to the cache
+        self._reading = ExitStack()
 
     def _cache_folder(self, cache_dir: str | None) -> Path:
         if cache_dir:
@@ -177,10 +185,13 @@ class LatentDataModule(L.LightningDataModule):
             return 0
         encoder = self._encoder()
         jobs = encoder.jobs(self.scan.tracks)
-        missing = [job for job in jobs if not job.ready and not job.problem]
+        missing = _missing(jobs)
         if run and missing:
-            log.info("%d of %d songs are not in the cache yet", len(missing), len(jobs))
-            encoder.run(jobs, num_workers=self.num_workers, **trainer)
+            with self.cache.writing():
+                jobs = encoder.jobs(self.scan.tracks)  # another process may have made them meanwhile
+                missing = _missing(jobs)
+                log.info("%d of %d songs are not in the cache yet", len(missing), len(jobs))
+                encoder.run(jobs, num_workers=self.num_workers, **trainer)
         self._take(jobs)
         self.made = sum(job.ready for job in missing)
         return len(missing)
@@ -231,6 +242,7 @@ class LatentDataModule(L.LightningDataModule):
     # ------------------------------------------------------------ using it
 
     def setup(self, stage: str) -> None:
+        self._reading.enter_context(self.cache.reading())
         if self.songs is None:
             self.encode(run=False)
         if not self.songs:
@@ -256,6 +268,9 @@ class LatentDataModule(L.LightningDataModule):
         self.val_set = ValSongs(val or train, self.seed, self.crop_frames, others)
         if self.trainer and self.batch_size > 1:
             log.info("%.1f %% of the frames in batches are padding", 100 * self._order().padding())
+
+    def teardown(self, stage: str) -> None:
+        self._reading.close()
 
     def _preload(self) -> None:
         """Read every entry once, where memory is plenty; spawned worker processes read from disk all the same."""

@@ -83,6 +83,9 @@ class VAEPass(L.LightningModule):
             latents = cache.lender(job.audio_key)  # a copy of this song may have been encoded before it
             if latents is None:
                 mean, std = encode_windows(self.vae, audio)
+                if not (mean.isfinite().all() and std.isfinite().all()):
+                    job.problem = "has latents that are not finite; remove it, or look at it in an audio editor"
+                    return i
                 header = header_of(job.track, audio.duration, len(mean), job.audio_key)
                 path = cache.path(job.track, job.audio_key)
                 latents = cache.write(path, {"latents.mean": mean, "latents.std": std}, header)
@@ -120,6 +123,9 @@ class TextPass(L.LightningModule):
             return i
         if self.conditioning.lm_hints:
             tensors["hints"] = self._hints(tensors["latents.mean"])
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            job.problem = "has conditions that are not finite; is the base model whole?"
+            return i
         header = header_of(job.track, latents.duration, latents.frames, job.audio_key, job.text_key)
         if job.windows:
             header["windows"] = json.dumps(job.windows)
