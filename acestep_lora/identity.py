@@ -17,13 +17,14 @@ _PARTS = {
     "preservation": "weight prompts",
     "model": "quantize",
 }
-_FREE = ("adapter.lr", "adapter.init_from", "adapter.name", "optimizer.fused", "scheduler.name")
+_FREE = ("adapter.lr", "adapter.init_from", "adapter.name", "optimizer.fused")
 """What says nothing about a resumed run: starting points, names, and another way to the same numbers."""
 
 _FIXED = ("base model", "adapter.", "optimizer.", "scheduler.", "model.")
 """What the tensors of a checkpoint were made for, or what it brings itself. Anything else may change, if asked to."""
 
-_LOOSE = ("adapter.dropout",)
+_LOOSE = "dropout"
+"""What the names of those end with that may change all the same."""
 
 Identity = dict[str, object]
 
@@ -66,7 +67,7 @@ def check(checkpoint: Path, before: Identity, now: Identity, allow_changes: bool
     allow_changes: resume all the same where its tensors still mean what they did.
     """
     changed = [key for key in before | now if before.get(key) != now.get(key)]
-    fixed = [key for key in changed if key.startswith(_FIXED) and key not in _LOOSE]
+    fixed = [key for key in changed if key.startswith(_FIXED) and not key.endswith(_LOOSE)]
     if not changed or (allow_changes and not fixed):
         return
     kinds_first = sorted(fixed or changed, key=lambda key: not key.endswith("_target_"))
