@@ -1,6 +1,7 @@
 """Cached latents -> adapter: python train.py dataset.dir=/music/mine model=turbo adapter=lora trainer.max_epochs=800"""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,11 @@ class Result:
     message: str
 
 
-def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
-    """Preprocess what is missing, train, validate, export; `given` says whether the user chose the folder."""
+def train(cfg: DictConfig, folder: Path, given: bool = True, callbacks: Sequence = ()) -> Result:
+    """Preprocess what is missing, train, validate, export.
+
+    given: whether the user chose the folder; callbacks: of Lightning's, besides the run's own.
+    """
     import lightning as L
     from hydra.utils import instantiate
 
@@ -58,7 +62,7 @@ def train(cfg: DictConfig, folder: Path, given: bool = True) -> Result:
             max_time=None,  # a callback's
             check_val_every_n_epoch=length.check_val_every_n_epoch,
             log_every_n_steps=length.log_every_n_steps,
-            callbacks=list(kept.values()),
+            callbacks=[*kept.values(), *callbacks],
             logger=runs.loggers(cfg, run),
             default_root_dir=str(run.folder),
         )

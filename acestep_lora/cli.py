@@ -27,6 +27,8 @@ from acestep_lora.interrupts import Interrupted
 from acestep_lora.overrides import quote_overrides
 from acestep_lora.processes import is_first
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
@@ -39,9 +41,10 @@ LEFT_OUT = 3
 _TOP_LEVEL = {
     "train": "dataset model conditioning timesteps adapter optimizer scheduler trainer hardware logger experiment name "
     "output_dir seed resume allow_changes overwrite metric save_every_n_epochs save_every_n_steps keep_last keep_best "
-    "sample previews training_report comfyui_dora early_stopping preservation ema module",
+    "sample previews training_report comfyui_dora early_stopping preservation ema sweep module",
     "preprocess": "dataset model conditioning hardware seed prune output",
     "annotate": "dataset model hardware tempo_key transcriber structure captioner policy dry_run report",
+    "sweep": "study trials space sampler pruner",
     "studio": "dataset model conditioning hardware tempo_key transcriber structure captioner output host port",
     "generate": "model hardware adapter prompt lyrics duration bpm keyscale timesignature language instrumental "
     "negative_prompt steps shift guidance_scale n seed compare format output_dir",
@@ -55,7 +58,7 @@ _TOP_LEVEL = {
 }
 
 
-_TOLD = (UserError, HydraException, OmegaConfBaseException)
+TOLD = (UserError, HydraException, OmegaConfBaseException)
 """Errors that are the user's to mend; every other one is a bug and shows where it happened."""
 
 
@@ -64,6 +67,7 @@ def register() -> None:
     misspelt one."""
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("filename", lambda text: legal(str(text)), replace=True)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     store = ConfigStore.instance()
     for command, keys in _TOP_LEVEL.items():
         fields = [(key, Any, dataclasses.field(default=None)) for key in keys.split()]
@@ -82,7 +86,7 @@ def quiet() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user about one of `_TOLD`: what is wrong, and what there is instead."""
+    """What to tell the user about one of `TOLD`: what is wrong, and what there is instead."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -118,6 +122,11 @@ def as_list(value) -> list:
 
 def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def sweep_name() -> str | None:
+    """Of the folder that the jobs of this sweep are numbered in."""
+    return Path(HydraConfig.get().sweep.dir).name if is_sweep() else None
 
 
 def preprocess_command() -> str:
@@ -165,21 +174,28 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
     def entry(cfg: DictConfig) -> Any:
+        register()  # a launcher may have sent this job to another process
         quiet()
         try:
             if "hardware" in cfg:
                 check_launcher(cfg)
             value = run(cfg)
-        except _TOLD as error:
+        except TOLD as error:
             tell(error)
             return math.nan  # a sweep goes on with its next job
+        except Exception:  # noqa: BLE001 - whatever ends one job of a sweep, the others are run
+            if not is_sweep():
+                raise
+            log.exception("job %s failed", HydraConfig.get().job.num)
+            codes.append(1)
+            return math.nan
         if not is_sweep() and is_first():  # the first of several processes judges; the others' codes would kill it
             codes.append(value)
         return value
 
     try:
         entry()
-    except _TOLD as error:
+    except TOLD as error:
         tell(error)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)

@@ -26,7 +26,7 @@ PROSE = frozenset(
 PATHS = frozenset(
     """
     dataset.dir dataset.json dataset.cache_dir model.path model.parts_path adapter.path adapter.init_from
-    adapter.rank_pattern output_dir output input resume runs name against measured hydra.run.dir hydra.sweep.dir
+    adapter.rank_pattern output_dir output input resume runs study name against measured hydra.run.dir hydra.sweep.dir
     preservation.prompts
     tuned clap transcriber.model transcriber.service.model captioner.service.model captioner.path captioner.base report
     """.split()

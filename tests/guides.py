@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-from acestep_lora import cli
+from omegaconf import OmegaConf
+
+from acestep_lora import cli, sweep
 
 GUIDES = [cli.ROOT / "README.md", *sorted(set((cli.ROOT / "docs").glob("*.md")) - {cli.ROOT / "docs/log.md"})]
 SCRIPT = re.compile(r"(?:python|py) (?:-m acestep_lora\.(\w+)|(\w+)\.py)(?![\w/])(.*)")
@@ -64,6 +66,14 @@ def configured_by(name: str) -> str:
     return called[1]
 
 
+def composed(name: str, arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """The configurations that a command makes: (name, overrides). A search makes its own and train's."""
+    if name != "sweep":
+        return [(configured_by(name), plain(arguments))]
+    own, job = sweep.split(arguments)
+    return [("sweep", own), ("train", sweep.Space.read(job, OmegaConf.create()).shared)]
+
+
 def plain(arguments: list[str]) -> list[str]:
     """Without Hydra's flags; of a sweep, its first job."""
     sweep = "-m" in arguments
@@ -81,10 +91,11 @@ QUICK = {
     "sensitivity": ["hardware=cpu", "dataset.crop_seconds=2"],
     "evaluate": ["hardware=cpu", "dataset.crop_seconds=2", "repeats=1", "clips=2", "duration=2", "adapter.scale=1"],
     "report": [],
+    "sweep": ["trials=2", "trainer.max_steps=2", "dataset.crop_seconds=2", "logger=csv", "hardware=cpu"],
 }
 """What makes a try short; a command without an entry that takes train's options has train's."""
 ELSEWHERE = re.compile(
-    r"(transcriber|captioner|structure)=(?!lrc|none|rule_based)\S+|hardware\.devices=\S+|--config-dir|hydra/launcher=\S+"
+    r"(transcriber|captioner|structure)=(?!lrc|none|rule_based)\S+|hardware\.(devices|num_nodes)=\S+|--config-dir|hydra/launcher=\S+"
 )
 """Of commands that cannot be tried here: providers that are services or models to be downloaded, several devices."""
 

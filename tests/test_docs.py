@@ -21,10 +21,9 @@ from guides import (
     SCRIPT,
     code_blocks,
     commands,
-    configured_by,
+    composed,
     fenced,
     on_nano,
-    plain,
     source,
     spans,
     text,
@@ -52,7 +51,8 @@ by_name = {"argvalues": GUIDES, "ids": lambda guide: guide.name}
 @pytest.mark.parametrize("name, arguments", USED.values(), ids=USED)
 def test_every_command_in_the_guides_composes(configure, name, arguments):
     if "--config-dir" not in arguments:  # a folder of the reader's
-        configure(configured_by(name), *plain(arguments))
+        for command, overrides in composed(name, arguments):
+            configure(command, *overrides)
 
 
 @pytest.mark.parametrize("guide", **by_name)
@@ -93,7 +93,7 @@ def known() -> set[str]:
     """Every key of conf/, and `group=option` for every file in it."""
     found = set()
     for file in cli.CONF.rglob("*.yaml"):
-        group = file.parent.name if file.parent != cli.CONF else ""
+        group = ".".join(file.parent.relative_to(cli.CONF).parts)
         found |= {f"{group}={file.stem}"} | keys(
             yaml.safe_load(file.read_text(encoding="utf-8")), f"{group}.".lstrip(".")
         )
