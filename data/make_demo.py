@@ -1,11 +1,13 @@
 """Make data/demo: eight short songs by a small synthesiser, in all five containers, with sidecars of every kind.
 
     python data/make_demo.py
+    python data/make_demo.py --more 16 --out FOLDER     # other songs of the same style, to measure an adapter with
 
 One style (kalimba, music box, soft bass, shaker, sometimes a sung vowel), so that an adapter has something to learn;
 tempo, key and metre are exact. The music is the same at every run; of the files, ogg and opus carry a random number.
 """
 
+import argparse
 import csv
 import json
 from dataclasses import dataclass
@@ -126,6 +128,43 @@ SONGS = (
         "A quiet music box melody over walking kalimba chords, soft bass and shaker, instrumental, peaceful",
     ),
 )  # fmt: skip
+
+
+# ---------------------------------------------------------------- other songs of the style
+
+RHYTHMS = {"3/4": ("2 2 2", "4 2", "2 4", "3 1 2"), "4/4": ("2 2 2 2", "3 1 4", "2 2 4", "4 2 2"),
+           "6/8": ("2 1 3", "2 1 2 1", "3 2 1", "3 3")}  # fmt: skip
+PROGRESSIONS = {"major": ("1|6|4|5", "1|4|5|1", "1|3|4|1", "1|6|2|5"), "minor": ("1|4|5+|1", "1|6|4|5+", "1|6|4|1")}
+TEMPI = {"3/4": (72, 150), "4/4": (92, 120), "6/8": (68, 84)}
+MOODS = ("calm", "hopeful", "wistful", "pensive", "playful", "peaceful", "cosy", "dark")
+SYLLABLES = ("la", "no", "me", "du", "si")
+
+
+def another(seed: int, rate: int) -> Song:
+    """A song as SONGS could have it, drawn from `seed`."""
+    rng = np.random.default_rng([seed, 7])
+
+    def pick(choices):
+        return choices[int(rng.integers(len(choices)))]
+
+    metre, key = pick(tuple(EIGHTHS)), f"{pick(tuple(TONICS))} {pick(tuple(SCALES))}"
+    mood, chords = pick(MOODS), pick(PROGRESSIONS[key.split()[1]])
+    lead = pick(("box", "box", "voice", "voice", "pluck"))
+    degree, bars = int(rng.integers(1, 6)), []
+    for _ in chords.split("|"):
+        notes = []
+        for length in pick(RHYTHMS[metre]).split():
+            degree = int(np.clip(degree + pick((-2, -1, -1, 0, 1, 1, 2)), 1, 8))
+            notes.append(f"{degree}:{length}")
+        bars.append(" ".join(notes))
+    melody = " | ".join([*bars, f"1:{EIGHTHS[metre]}"])
+    words = " ".join(pick(SYLLABLES) for _ in melody.replace("|", " ").split()) if lead == "voice" else ""
+    heard = {"box": "a music box melody", "pluck": "a plucked string melody", "voice": "a soft female vocal"}[lead]
+    return Song(
+        f"{seed:05d}.flac", rate, int(rng.integers(*TEMPI[metre])), key, metre, f"{chords}|1", melody,
+        f"A {mood} {GENRES[metre].replace(', ', ' ')} with {heard}, soft bass and shaker",
+        lead="box" if lead == "voice" else lead, words=words, language="en" if words else "unknown",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- instruments: frequency in Hz, seconds, rate -> [n]
@@ -330,14 +369,19 @@ def write_csv(songs: tuple[Song, ...]) -> None:
             rows.writerow([song.file, "Demo", song.title, song.bpm, song.key, camelot, caption])
 
 
-def main() -> None:
+def play(song: Song, seed: int) -> np.ndarray:
+    """[n, 2] at the song's rate."""
+    mix = Mix(song, np.random.default_rng(seed))
+    accompany(song, mix)
+    lead(song, mix)
+    return mix.finished()
+
+
+def write_demo() -> None:
     DEMO.mkdir(exist_ok=True)
     truth = []
     for number, song in enumerate(SONGS):
-        mix = Mix(song, np.random.default_rng(number))
-        accompany(song, mix)
-        lead(song, mix)
-        audio = mix.finished()
+        audio = play(song, number)
         path = DEMO / song.file
         options = {"format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {}
         soundfile.write(path, audio, song.rate, compression_level=COMPRESSION.get(path.suffix), **options)
@@ -350,5 +394,21 @@ def main() -> None:
     (DEMO / "ground_truth.json").write_text(as_json(truth) + "\n", encoding="utf-8", newline="\n")
 
 
+def write_more(count: int, folder: Path, rate: int = 48_000) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(count):
+        song = another(seed, rate)
+        soundfile.write(folder / song.file, play(song, seed), rate)
+        (folder / f"{song.stem}.json").write_text(captioned(song) + "\n", encoding="utf-8", newline="\n")
+        (folder / f"{song.stem}.lyrics.txt").write_text(lyrics(song) + "\n", encoding="utf-8", newline="\n")
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--more", type=int, metavar="COUNT", default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.more:
+        write_more(options.more, options.out)
+    else:
+        write_demo()

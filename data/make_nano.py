@@ -1,16 +1,17 @@
-"""Make data/models/nano: ACE-Step 1.5 complete, of the real classes, a thousand times smaller, with random weights.
+"""Make an untrained nano: ACE-Step 1.5 complete, of the real classes, a thousand times smaller.
 
-    python data/make_nano.py
+    python data/make_nano.py --vae FOLDER --out data/models/nano
 
-It is what `model=nano` loads, so that preprocessing, training, export and generation run on a laptop CPU without a
-download. The proportions are the real ones (25 Hz latents, patch 2, grouped-query attention, alternating windowed and
-full layers); sample rate and latent width are not (16 kHz, 16 channels), because a VAE of
-48 kHz and 64 channels is too slow for that. Weights are untrained: it makes noise, not music.
+The proportions are the real ones (25 Hz latents, patch 2, grouped-query attention, alternating windowed and full
+layers); sample rate and latent width are not (12 kHz, 48 channels), because a VAE of 48 kHz and 64 channels is too slow
+for a laptop. --vae is what train_nano_vae.py made; without it, the linear codec that training starts from. All other
+weights are random: train_nano_dit.py trains them.
 """
 
-import copy
+import argparse
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -26,19 +27,19 @@ from diffusers import (
 )
 from diffusers.pipelines.ace_step.pipeline_ace_step import SFT_GEN_PROMPT, TASK_INSTRUCTIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from train_nano_vae import copied, new_vae
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-NANO = Path(__file__).parent / "models" / "nano"
 SEED = 0
 DTYPE = torch.bfloat16
-LATENTS = 16
-HIDDEN = 64
+HIDDEN = 64  # of the text encoder
+WIDTH = 128  # of the condition encoder and the transformer
 WINDOW = 16  # patches, 1.28 s: the real 128 would never bite on short songs
 SILENCE_FRAMES = 15000  # 600 s, the length diffusers' buffer has
 
 # Every projection of the DiT is at least 64 wide on both sides: LoKR with factor 8 needs factor^2 <= width.
-ATTENTION = {"hidden_size": HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": WINDOW}
-ENCODER = {**ATTENTION, "head_dim": 16, "intermediate_size": 128}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": WINDOW}
+SIZES = {**ATTENTION, "hidden_size": WIDTH, "intermediate_size": 256}
 END = "<|endoftext|>"
 
 # Words that should be one or two tokens, so that a caption fits the 256 tokens the text encoder reads.
@@ -96,46 +97,9 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen3Model:
     return Qwen3Model(config)
 
 
-def pink_noise(samples: int) -> torch.Tensor:
-    """Music's average spectrum at its usual level (RMS 0.1), [1, 2, samples]."""
-    spectrum = torch.fft.rfft(torch.randn(1, 2, samples))
-    noise = torch.fft.irfft(spectrum / torch.arange(spectrum.shape[-1]).clamp(min=1).sqrt(), samples)
-    return 0.1 * noise / noise.std()
-
-
 def _unit(std: torch.Tensor) -> float:
     """The power of two that brings `std` nearest 1: a factor that rounding errors of another machine do not change."""
     return 2.0 ** -round(math.log2(std.item()))
-
-
-@torch.no_grad()
-def make_vae() -> AutoencoderOobleck:
-    """An untrained VAE whose latents behave like a trained one's: mean about 0, std about 1, narrow posterior."""
-    vae = AutoencoderOobleck(
-        encoder_hidden_size=2 * LATENTS,
-        downsampling_ratios=[4, 4, 4, 10],  # hop 640; an odd ratio would make decoded audio shorter than its latents
-        channel_multiples=[1, 1, 2, 4],
-        decoder_channels=16,
-        decoder_input_channels=LATENTS,
-        audio_channels=2,
-        sampling_rate=16000,
-    )
-    # PyTorch's initialisation loses 1/sqrt(3) per convolution and lets biases drown the signal.
-    for name, parameter in vae.named_parameters():
-        if name.endswith("conv1.weight_g") and "res_unit" not in name:
-            parameter *= math.sqrt(3)
-        elif name.endswith("bias"):
-            parameter *= 0.1
-    vae.encoder.conv1.weight_g *= 6  # audio at RMS 0.1 would only see Snake's linear part
-    last = vae.encoder.conv2
-    noise = pink_noise(10 * vae.config.sampling_rate)
-    offset = vae.encode(noise).latent_dist.mean.mean(dim=(0, 2))
-    last.bias[:LATENTS] -= (16 * offset).round() / 16
-    last.weight_g[LATENTS:] *= 0.1
-    last.bias[LATENTS:] = -4.0  # softplus: a posterior std of about 0.02
-    latents = vae.encode(noise).latent_dist.mean
-    vae.decoder.conv2.weight_g *= 0.1 * _unit(vae.decode(latents).sample.std())
-    return vae.to(DTYPE)
 
 
 @torch.no_grad()
@@ -144,7 +108,7 @@ def encode_silence(vae: AutoencoderOobleck) -> torch.Tensor:
 
     Away from its ends the encoding of a constant is constant: four seconds are encoded, the middle frame is repeated.
     """
-    vae = copy.deepcopy(vae).float()  # what every user of the stored weights computes on a CPU
+    vae = copied(vae).float()  # what every user of the stored weights computes on a CPU
     audio = torch.zeros(1, vae.config.audio_channels, 4 * vae.config.sampling_rate)
     latents = vae.encode(audio).latent_dist.mean.transpose(1, 2)
     head = latents[:, : latents.shape[1] // 2]
@@ -153,9 +117,9 @@ def encode_silence(vae: AutoencoderOobleck) -> torch.Tensor:
 
 def make_condition_encoder(silence: torch.Tensor) -> AceStepConditionEncoder:
     encoder = AceStepConditionEncoder(
-        **ENCODER,
+        **SIZES,
         text_hidden_dim=HIDDEN,
-        timbre_hidden_dim=LATENTS,
+        timbre_hidden_dim=silence.shape[-1],
         num_lyric_encoder_hidden_layers=2,
         num_timbre_encoder_hidden_layers=2,
     )
@@ -164,22 +128,20 @@ def make_condition_encoder(silence: torch.Tensor) -> AceStepConditionEncoder:
 
 
 @torch.no_grad()
-def make_transformer() -> AceStepTransformer1DModel:
+def make_transformer(latents: int) -> AceStepTransformer1DModel:
     """The DiT, its output scaled so that an untrained velocity has a std of about 1."""
     dit = AceStepTransformer1DModel(
-        **ATTENTION,
-        head_dim=32,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        in_channels=3 * LATENTS,
-        audio_acoustic_hidden_dim=LATENTS,
+        **SIZES | {"intermediate_size": 384},
+        num_hidden_layers=6,
+        in_channels=3 * latents,
+        audio_acoustic_hidden_dim=latents,
         is_turbo=True,
         model_version="turbo",
     )
     frames = 250
     t = torch.full((1,), 0.5)
     velocity = dit(
-        torch.randn(1, frames, LATENTS), t, t, torch.randn(1, 100, HIDDEN), torch.randn(1, frames, 2 * LATENTS)
+        torch.randn(1, frames, latents), t, t, torch.randn(1, 100, WIDTH), torch.randn(1, frames, 2 * latents)
     ).sample
     scale = _unit(velocity.std())
     dit.proj_out_conv.weight *= scale
@@ -187,41 +149,51 @@ def make_transformer() -> AceStepTransformer1DModel:
     return dit.to(DTYPE)
 
 
-def make_pipeline() -> AceStepPipeline:
-    """All parts, drawn from SEED in a fixed order; the global generator is left as it was."""
+def make_pipeline(vae: AutoencoderOobleck) -> AceStepPipeline:
+    """All parts but the VAE, drawn from SEED in a fixed order; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        vae = make_vae()
-        tokenizer = make_tokenizer()
-        pooling = {**ENCODER, "audio_acoustic_hidden_dim": LATENTS}
+        tokenizer, latents = make_tokenizer(), vae.config.decoder_input_channels
+        pooling = {**SIZES, "audio_acoustic_hidden_dim": latents}
         return AceStepPipeline(
             vae=vae,
             tokenizer=tokenizer,
             text_encoder=make_text_encoder(tokenizer),
             condition_encoder=make_condition_encoder(encode_silence(vae)),
-            transformer=make_transformer(),
+            transformer=make_transformer(latents),
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
-            audio_tokenizer=AceStepAudioTokenizer(**pooling, fsq_dim=HIDDEN).to(DTYPE),
+            audio_tokenizer=AceStepAudioTokenizer(**pooling, fsq_dim=WIDTH).to(DTYPE),
             audio_token_detokenizer=AceStepAudioTokenDetokenizer(**pooling).to(DTYPE),
         )
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """transformers 5 writes a class name that transformers 4 does not know; both know the old one."""
-    text = path.read_text(encoding="utf-8")
+def _clean(path: Path) -> None:
+    """Without where the model was loaded from, and with a tokenizer class that transformers 4 knows as well as 5."""
+    text = re.sub(r' *"_name_or_path": .*\n', "", path.read_text(encoding="utf-8"))
     path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8", newline="\n")
 
 
-def save(pipeline: AceStepPipeline, folder: Path) -> None:
+def save(model, folder: Path) -> None:
+    """A pipeline, or one of its parts; every file is replaced whole."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        pipeline.save_pretrained(temporary)
-        for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-            _name_tokenizer_class(Path(temporary, name))
+        model.save_pretrained(temporary)
+        for path in Path(temporary).rglob("*.json"):
+            _clean(path)
         for source in [path for path in Path(temporary).rglob("*") if path.is_file()]:
             target = folder / source.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderOobleck.from_pretrained(options.vae) if options.vae else new_vae(SEED)
+    save(make_pipeline(vae.to(DTYPE)), options.out)
+
+
 if __name__ == "__main__":
-    save(make_pipeline(), NANO)
+    main()

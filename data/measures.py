@@ -1,5 +1,7 @@
 """How alike two recordings are: spectra, harmony, onsets. Audio is [2, samples] float32 in [-1, 1]."""
 
+from functools import cache
+
 import librosa
 import numpy as np
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 SIZES = (2048, 1024, 512, 256, 128)  # samples of the STFT windows
 FLOOR = 3e-4  # of full scale: what lies further below does not count
+SILENCE = 1e-3  # RMS of what nobody hears: -60 dB
 
 
 def spectra(audio: Tensor, size: int) -> Tensor:
@@ -28,6 +31,34 @@ def log_distance(a: Tensor, b: Tensor) -> Tensor:
     return ((a + FLOOR).log() - (b + FLOOR).log()).abs().mean()
 
 
+@cache
+def _filters(kind: str, rate: int, size: int) -> Tensor:
+    """[64 mel bands or 12 pitch classes, bins], librosa's."""
+    options = {"mel": {"n_mels": 64}, "chroma": {"tuning": 0.0}}[kind]
+    return torch.from_numpy(getattr(librosa.filters, kind)(sr=rate, n_fft=size, **options))
+
+
+def bands(magnitude: Tensor, rate: int) -> Tensor:
+    """Power in 64 mel bands, [b, bins, frames] -> [b, 64, frames]."""
+    return _filters("mel", rate, 2 * (magnitude.shape[1] - 1)) @ magnitude.square()
+
+
+def harmony(magnitude: Tensor, rate: int) -> Tensor:
+    """`chroma`, differentiable: [b, bins, frames] -> [b, 12, frames]."""
+    power = _filters("chroma", rate, 2 * (magnitude.shape[1] - 1)) @ magnitude.square()
+    return power / (power.amax(dim=1, keepdim=True) + 1e-6)
+
+
+def rises(audio: Tensor, rate: int) -> Tensor:
+    """How much louder mel bands become from one 20 ms to the next, in nepers, [b, n] -> [b, frames - 1].
+
+    What librosa's onset detection follows.
+    """
+    spectrum = torch.stft(audio, 2048, rate // 50, window=torch.hann_window(2048), return_complex=True)
+    power = bands(magnitudes(spectrum * (4 / 2048)), rate)
+    return (power + FLOOR**2).log().diff(dim=-1).clamp(min=0).mean(dim=1) / 2
+
+
 @torch.no_grad()
 def spectral_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Multi-resolution log distance, mean over SIZES."""
@@ -46,8 +77,11 @@ def mean_frame_distance(audio: np.ndarray) -> float:
 
 
 def chroma(audio: np.ndarray, rate: int) -> np.ndarray:
-    """[12, frames], 4096-sample windows a quarter apart; every frame's largest is 1, silent ones are 0."""
-    return librosa.feature.chroma_stft(y=audio.mean(0), sr=rate, n_fft=4096, hop_length=1024, tuning=0.0)
+    """[12, frames], 4096-sample windows a quarter apart; every frame's largest is 1, those below SILENCE are 0."""
+    mono = audio.mean(0)
+    classes = librosa.feature.chroma_stft(y=mono, sr=rate, n_fft=4096, hop_length=1024, tuning=0.0)
+    loud = librosa.feature.rms(y=mono, frame_length=4096, hop_length=1024)[0] >= SILENCE
+    return classes * loud
 
 
 def chroma_correlation(a: np.ndarray, b: np.ndarray, rate: int) -> float:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from procedural import song  # noqa: E402
+from train_nano_vae import RATE  # noqa: E402
 
 from acestep_lora import basemodel, cli  # noqa: E402
 from acestep_lora.conditioning import TEXT2MUSIC  # noqa: E402
@@ -135,10 +136,7 @@ def publish(checkpoint: Path, model: Path) -> None:
         unknown = part.load_state_dict(own, strict=False).unexpected_keys
         if unknown:
             raise ValueError(f"{checkpoint} does not fit {model / name}: {unknown[0]} has no counterpart.")
-    for name in pipeline.components:
-        if isinstance(getattr(pipeline, name), torch.nn.Module) and name != "text_encoder":
-            getattr(pipeline, name).to(DTYPE)
-    save(pipeline, model)
+        save(part if name == "text_encoder" else part.to(DTYPE), model / name)
 
 
 def main() -> None:
@@ -155,7 +153,7 @@ def main() -> None:
     from acestep_lora.callbacks.checkpoints import checkpoint_folders
     from train import train
 
-    write_songs(options.songs, 16000, options.first, options.count)
+    write_songs(options.songs, RATE, options.first, options.count)
     run = options.run or options.songs / "run"
     cli.register()
     hours, minutes = divmod(math.ceil(options.minutes), 60)

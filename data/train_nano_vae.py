@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import lapped
 import measures
 import numpy as np
 import torch
@@ -22,20 +23,28 @@ from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
 from procedural import HELD_OUT, song
 from torch import Tensor
 
-RATE = 16000
-HOP = 640
-LATENTS = 16
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from acestep_lora.data import oobleck  # noqa: E402
+
+RATE = 12000
+HOP = 480
+LATENTS = 48
 SIZES = {
     "encoder_hidden_size": 2 * LATENTS,
-    "downsampling_ratios": [4, 4, 4, 10],
-    "channel_multiples": [1, 2, 4, 6],
-    "decoder_channels": 32,
+    "downsampling_ratios": [4, 2, 6, 10],
+    "channel_multiples": [1, 1, 2, 2],
+    "decoder_channels": 48,
     "decoder_input_channels": LATENTS,
     "audio_channels": 2,
     "sampling_rate": RATE,
 }
-KL, LOG, COLD = 1e-5, 0.2, 0.1  # weights of the KL term, of the log distance, and of phase in a warm loss
-WARMING = (0.1, 0.3)  # shares of a new model's budget between which its loss changes from cold to warm
+LOW, LOUDNESS = 42, (0.044, 0.031, 0.031, 0.029, 0.022)  # of the codec that training starts from (lapped.py)
+SPECTRA = (4096, 2048, 1024, 512, 256, 128)  # samples of the windows
+WEIGHTS = {"root": 0.5, "log": 0.2, "bands": 0.5, "phase": 0.5, "harmony": 1.0, "rises": 1.0}
+PHASE_LIMIT = 525  # Hz
+NOISE = 0.05  # std of the posterior, where that of the latents is 1
+PATH = 0.5  # of the learning rate, for what is no residual unit
 POOL = 160  # songs in memory; every step replaces one
 SHOWN = 25  # steps between lines of the log
 SAVED = 300  # seconds between checkpoints
@@ -76,46 +85,49 @@ class Pool:
         return torch.from_numpy(np.stack(found).astype(np.float32)).transpose(1, 2).contiguous()
 
 
+@torch.no_grad()
 def new_vae(seed: int) -> AutoencoderOobleck:
-    """Nearly a linear codec: the strided convolutions keep the variance, the residual units hardly speak yet.
-
-    With PyTorch's initialisation the 24 residual units drown the sound, and the decoder learns to ignore the latents
-    before the encoder learns to say anything.
-    """
+    """The codec of lapped.py, latents of mean 0 and std 1, a posterior of constant width. Its encoder is final."""
     torch.manual_seed(seed)
     vae = AutoencoderOobleck(**SIZES)
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            if name.endswith(("conv1.weight_g", "conv_t1.weight_g")) and "res_unit" not in name:
-                parameter *= math.sqrt(3)  # what PyTorch's initialisation loses
-            elif name.endswith("conv2.weight_g") and "res_unit" in name or name.endswith("bias"):
-                parameter *= 0.1
-        vae.encoder.conv1.weight_g *= 3  # music's RMS is about 0.1
-        vae.encoder.conv2.bias[LATENTS:] = -5.0  # softplus: a posterior std of 0.007
+    lapped.initialise(vae, LOW, list(LOUDNESS))
+    vae.encoder.requires_grad_(False)
+    clips = [song(UNSEEN - 1 - i, RATE)[0][: 8 * RATE].T for i in range(24)]
+    fold_scale(vae, torch.from_numpy(np.stack([clip for clip in clips if clip.shape[1] == 8 * RATE])))
+    vae.encoder.conv2.weight_g[LATENTS:] = 0
+    vae.encoder.conv2.bias[LATENTS:] = math.log(math.expm1(NOISE))  # softplus gives it back
     return vae
 
 
-def losses(vae: AutoencoderOobleck, audio: Tensor, warmth: float) -> dict[str, Tensor]:
-    """Distances of compressed spectra (|X|^0.5, with and without phase), relative to their mean.
+def losses(vae: AutoencoderOobleck, audio: Tensor) -> dict[str, Tensor]:
+    """Distances of spectra, relative to their mean.
 
-    Square roots weigh loud partials and quiet ones about as the ear does, and are smooth where logarithms are not. A
-    cold loss (warmth 0) is what a codec can learn first: phase counts in full and the latents are exact. As it warms,
-    phase, which few numbers a frame cannot tell and which therefore costs loudness, goes down to COLD; the posterior's
-    noise, the KL term and the log distance come in.
+    Square roots of magnitudes weigh loud partials and quiet ones about as the ear does, logarithms the quiet; bands
+    keep the level where partials cannot be met; pitch classes keep the harmony, rises the onsets. Phase counts for the
+    middle channel below PHASE_LIMIT, where the latents tell it.
     """
-    posterior = vae.encode(audio).latent_dist
-    decoded = vae.decode(posterior.mean + warmth * posterior.std * torch.randn_like(posterior.mean)).sample
-    parts = {"magnitude": 0.0, "phase": 0.0, "log": 0.0, "kl": warmth * KL * posterior.kl()}
-    for size in measures.SIZES:
+    decoded = vae.decode(vae.encode(audio).latent_dist.sample()).sample
+    parts = dict.fromkeys(("root", "log", "bands", "phase"), 0.0)
+    for size in SPECTRA:
         a, b = measures.spectra(decoded, size), measures.spectra(audio, size)
         size_a, size_b = measures.magnitudes(a), measures.magnitudes(b)
         root_a, root_b = size_a.sqrt(), size_b.sqrt()
-        share = 1 / (root_b.mean() * len(measures.SIZES))
-        parts["magnitude"] += share * (root_a - root_b).abs().mean()
-        difference = torch.view_as_real(a / root_a) - torch.view_as_real(b / root_b)
-        parts["phase"] += (1 - (1 - COLD) * warmth) * share * difference.abs().mean()
-        parts["log"] += warmth * LOG / len(measures.SIZES) * measures.log_distance(size_a, size_b)
-    return parts
+        parts["root"] += _off(root_a, root_b) / len(SPECTRA)
+        parts["log"] += measures.log_distance(size_a, size_b) / len(SPECTRA)
+        if size >= 512:
+            loud_a, loud_b = ((measures.bands(each[:, 2], RATE) + 1e-8) ** 0.5 for each in (size_a, size_b))
+            parts["bands"] += _off(loud_a, loud_b) / 4
+            low = slice(0, PHASE_LIMIT * size // RATE)
+            difference = measures.magnitudes((a / root_a - b / root_b)[:, 2, low])
+            parts["phase"] += difference.mean() / root_b[:, 2, low].mean() / 4
+        if size == 4096:
+            parts["harmony"] = _off(*(measures.harmony(each[:, 2], RATE) for each in (size_a, size_b)))
+    parts["rises"] = _off(*(measures.rises(each.mean(1), RATE) for each in (decoded, audio)))
+    return {name: WEIGHTS[name] * part for name, part in parts.items()}
+
+
+def _off(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs().mean() / b.mean()
 
 
 # ---------------------------------------------------------------- weights on disk
@@ -150,12 +162,6 @@ def fold_scale(vae: AutoencoderOobleck, audio: Tensor) -> None:
     first.weight_g.copy_(weight.norm(dim=(1, 2), keepdim=True))
     last.bias[:LATENTS] = (last.bias[:LATENTS] - shift) / scale
     last.weight_g[:LATENTS] /= scale[:, None, None]
-    _scale_posterior(vae, scale)
-
-
-def _scale_posterior(vae: AutoencoderOobleck, scale: Tensor) -> None:
-    """std = softplus(s) becomes std / scale: for the narrow posteriors met here softplus is exp, so s - log(scale)."""
-    vae.encoder.conv2.bias[LATENTS:] -= scale.log()
 
 
 # ---------------------------------------------------------------- training
@@ -169,19 +175,30 @@ class Training:
         stored = options.init and AutoencoderOobleck.from_pretrained(options.init, torch_dtype=torch.float32)
         self.vae = stored or new_vae(options.seed)
         self.average = copied(self.vae)
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        oobleck.streamline(self.vae.encoder.requires_grad_(False))
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.99), weight_decay=1e-3)
         self.step, self.spent = 0, 0.0
         if self.file.is_file():
             kept = torch.load(self.file, weights_only=True)
-            for name in ("vae", "average", "optimizer"):
-                getattr(self, name).load_state_dict(kept[name])
+            for name, part in self._parts().items():
+                part.load_state_dict(kept[name])
             self.step, self.spent = kept["step"], kept["spent"]
         self.begun = time.process_time() - self.spent
         self.pool = Pool(options.seed * 1000 + self.step % 1000 + 1, POOL)
 
+    def _parts(self) -> dict:
+        return {"decoder": self.vae.decoder, "average": self.average.decoder, "optimizer": self.optimizer}
+
+    def _groups(self) -> list[dict]:
+        """The written codec learns slower than the units beside it: large steps would first make noise of it."""
+        named = dict(self.vae.decoder.named_parameters())
+        units = [value for name, value in named.items() if "res_unit" in name]
+        path = [value for name, value in named.items() if "res_unit" not in name]
+        return [{"params": units, "share": 1.0}, {"params": path, "share": PATH}]
+
     def save(self) -> None:
         save(self.average, self.options.out / "vae")
-        parts = {name: getattr(self, name).state_dict() for name in ("vae", "average", "optimizer")}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
         temporary = self.file.with_suffix(".new")
         torch.save(parts | {"step": self.step, "spent": self.spent}, temporary)
         temporary.replace(self.file)
@@ -190,10 +207,6 @@ class Training:
     def progress(self) -> float:
         return self.spent / (60 * self.options.minutes) if self.options.minutes else 1.0
 
-    def warmth(self) -> float:
-        start, end = WARMING
-        return 1.0 if self.options.init else min(1.0, max(0.0, (self.progress - start) / (end - start)))
-
     def learning_rate(self) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1, self.progress)))
         return self.options.lr * min(1, (self.step + 1) / 50) * (0.02 + 0.98 * cosine)
@@ -201,17 +214,18 @@ class Training:
     def advance(self) -> dict[str, float]:
         """One step -> what it measured."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group["share"]
         audio = self.pool.crops(self.options.batch, round(self.options.crop * RATE / HOP) * HOP)
-        parts = losses(self.vae, audio, self.warmth())
+        parts = losses(self.vae, audio)
         self.optimizer.zero_grad()
         sum(parts.values()).backward()
-        parts["norm"] = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        parts["norm"] = torch.nn.utils.clip_grad_norm_(self.vae.decoder.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         decay = min(0.998, self.step / (self.step + 20))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.vae.parameters()), 1 - decay)
+            pair = [list(vae.decoder.parameters()) for vae in (self.average, self.vae)]
+            torch._foreach_lerp_(*pair, 1 - decay)
         self.spent = time.process_time() - self.begun
         return {name: value.item() for name, value in parts.items()}
 
@@ -267,7 +281,7 @@ def parse() -> Options:
     parser.add_argument("--init", type=Path)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--crop", type=float, default=0.64, help="seconds")
+    parser.add_argument("--crop", type=float, default=1.28, help="seconds")
     parser.add_argument("--seed", type=int, default=0, help="another one for each piece: other songs")
     parser.add_argument("--clips", type=int, default=50, help="unseen songs to score on")
     return Options(**vars(parser.parse_args()))
@@ -278,8 +292,6 @@ def main(options: Options) -> None:
     if shutil.which("g++") and sys.platform == "linux":
         Snake1d.forward = torch.compile(Snake1d.forward, dynamic=True)  # half the time of a step
     vae = Training(options).run()
-    audio = [song(UNSEEN - 1 - i, RATE)[0][: 8 * RATE].T for i in range(40)]
-    fold_scale(vae, torch.from_numpy(np.stack([clip for clip in audio if clip.shape[1] == 8 * RATE])))
     save(vae, options.out / "vae")
     (options.out / "state.pt").unlink(missing_ok=True)
     stored = AutoencoderOobleck.from_pretrained(options.out / "vae", torch_dtype=torch.float32)

@@ -56,7 +56,7 @@ def test_diffusers_layout():
     assert [getattr(base, field.name) for field in fields(base)] == [
         NANO / name for name in [*names, "audio_token_detokenizer"]
     ]
-    assert (base.sample_rate, base.hop, base.channels, base.frame_rate) == (16000, 640, 16, 25.0)
+    assert (base.sample_rate, base.hop, base.channels, base.frame_rate) == (12000, 480, 48, 25.0)
     assert base.timestep_law() == (-0.4, 1.0)
 
 
@@ -309,7 +309,7 @@ def test_timbre_token_follows_the_official_class(variant):
 def test_vae_and_transformer_must_belong_together(original):
     find(original).check()
     stranger = basemodel.BaseModel(**{**vars(find(original)), "vae": NANO / "vae"})
-    with pytest.raises(BaseModelError, match="makes 16 latent channels, .* takes 8"):
+    with pytest.raises(BaseModelError, match="makes 48 latent channels, .* takes 8"):
         stranger.check()
 
 

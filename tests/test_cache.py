@@ -202,7 +202,7 @@ def test_keys_follow_everything_they_are_made_of():
 
 @pytest.fixture
 def songs(tmp_path) -> Path:
-    write_songs(tmp_path / "songs", rate=16000, count=3, seconds=0.6)
+    write_songs(tmp_path / "songs", rate=12000, count=3, seconds=0.6)
     return tmp_path / "songs"
 
 
@@ -269,7 +269,7 @@ def test_changed_audio_makes_a_new_entry(preprocess, songs):
     shutil.copy(songs / "song_2.wav", songs / "song_0.wav")
     second, encoded, conditioned = preprocess()
     assert (encoded, conditioned) == (0, ["song_0.wav"])  # song 2 lends its latents
-    write_songs(songs, rate=16000, count=1, seconds=0.7)
+    write_songs(songs, rate=12000, count=1, seconds=0.7)
     third, encoded, conditioned = preprocess()
     assert (encoded, conditioned) == (1, ["song_0.wav"])
     assert len({jobs[0].audio_key for jobs in (first, second, third)}) == 3
@@ -341,7 +341,7 @@ def test_headers_carry_the_track_under_upstreams_names(preprocess, songs):
     expected = ["lofi", "hiphop", "92", "D minor", "", "unknown", "[Instrumental]", "true"]
     assert [told[name] for name in named] == expected
     assert told["audio_key"] == jobs[0].audio_key and told["text_key"] == jobs[0].text_key
-    assert float(told["duration"]) == 9601 / 16000 and int(told["frames"]) == 15
+    assert float(told["duration"]) == 7201 / 12000 and int(told["frames"]) == 15
 
 
 # ---------------------------------------------------------------- the official trainer's .pt files
@@ -351,11 +351,11 @@ def upstream(**changes) -> dict:
     """What the official preprocessing saves for a song: 30 frames, 769 condition states of which 40 are real."""
     torch.manual_seed(0)
     data = {
-        "target_latents": torch.randn(30, 16).bfloat16(),
+        "target_latents": torch.randn(30, 48).bfloat16(),
         "attention_mask": torch.ones(30).bfloat16(),
-        "encoder_hidden_states": torch.randn(769, 64).bfloat16(),
+        "encoder_hidden_states": torch.randn(769, 128).bfloat16(),
         "encoder_attention_mask": torch.arange(769) < 40,
-        "context_latents": torch.randn(30, 32).bfloat16(),
+        "context_latents": torch.randn(30, 96).bfloat16(),
         "metadata": {"caption": "lofi", "filename": "a.mp3", "bpm": 92, "preprocess_mode": "lora"},
     }
     data |= changes
@@ -365,10 +365,10 @@ def upstream(**changes) -> dict:
 def test_upstream_tensors_are_cropped_by_mask(tmp_path):
     data = upstream()
     torch.save(data, tmp_path / "a.pt")
-    tensors, metadata = read_upstream(tmp_path / "a.pt", 16)
+    tensors, metadata = read_upstream(tmp_path / "a.pt", 48)
     assert torch.equal(tensors["condition.caption"], data["encoder_hidden_states"][:40])
     assert torch.equal(tensors["latents.mean"], data["target_latents"].float())
-    assert tensors["latents.std"].shape == (30, 16) and not tensors["latents.std"].any()
+    assert tensors["latents.std"].shape == (30, 48) and not tensors["latents.std"].any()
     assert metadata["caption"] == "lofi"
 
 
@@ -380,12 +380,12 @@ REFUSED = {
         "lacks encoder_hidden_states, encoder_att",
     ),
     "no tensor": ({"target_latents": [1.0]}, "it lacks target_latents"),
-    "flat": ({"target_latents": torch.zeros(30)}, r"\[T, 16\], got \[30\]"),
-    "other model": ({"target_latents": torch.zeros(30, 64)}, r"\[T, 16\], got \[30, 64\]"),
-    "NaN": ({"target_latents": torch.full((30, 16), torch.nan)}, "must be finite"),
+    "flat": ({"target_latents": torch.zeros(30)}, r"\[T, 48\], got \[30\]"),
+    "other model": ({"target_latents": torch.zeros(30, 64)}, r"\[T, 48\], got \[30, 64\]"),
+    "NaN": ({"target_latents": torch.full((30, 48), torch.nan)}, "must be finite"),
     "mask of another length": (
         {"encoder_attention_mask": torch.ones(768)},
-        r"mask \[768\] does not fit .* \[769, 64\]",
+        r"mask \[768\] does not fit .* \[769, 128\]",
     ),
 }
 
@@ -394,19 +394,19 @@ REFUSED = {
 def test_upstream_tensors_that_cannot_be_used(tmp_path, changes, message):
     torch.save(upstream(**changes), tmp_path / "a.pt")
     with pytest.raises(CacheError, match=f"a.pt.*{message}"):
-        read_upstream(tmp_path / "a.pt", 16)
+        read_upstream(tmp_path / "a.pt", 48)
 
 
 def test_metadata_is_optional(tmp_path):
     torch.save(upstream(metadata=...), tmp_path / "a.pt")
-    assert read_upstream(tmp_path / "a.pt", 16)[1] == {}
+    assert read_upstream(tmp_path / "a.pt", 48)[1] == {}
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04" + b"\0" * 50])
 def test_foreign_files_are_refused(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CacheError, match="a.pt is not a tensor file of the official trainer"):
-        read_upstream(tmp_path / "a.pt", 16)
+        read_upstream(tmp_path / "a.pt", 48)
 
 
 def test_code_in_a_pickle_is_not_executed(tmp_path):
@@ -416,5 +416,5 @@ def test_code_in_a_pickle_is_not_executed(tmp_path):
 
     torch.save(upstream(metadata=Code()), tmp_path / "a.pt")
     with pytest.raises(CacheError, match="is not a tensor file of the official trainer: it holds something else"):
-        read_upstream(tmp_path / "a.pt", 16)
+        read_upstream(tmp_path / "a.pt", 48)
     assert not (tmp_path / "executed").exists()

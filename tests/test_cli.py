@@ -163,7 +163,7 @@ def test_adapter_makes_audio(start, trained, tmp_path):
             assert matplotlib.image.imread(out / name).std() > 0.1
             continue
         audio, rate = soundfile.read(out / name)
-        assert rate == 16000 and audio.shape == (2.4 * rate, 2) and np.abs(audio).max() > 0.5
+        assert rate == 12000 and audio.shape == (2.4 * rate, 2) and np.abs(audio).max() > 0.5
 
 
 def test_missing_adapter_gets_one_sentence(start):

@@ -534,7 +534,7 @@ def test_other_windows_and_other_times_make_other_conditions_alone(make, sung, t
 def folder(tmp_path_factory) -> Path:
     """Six songs at nano's rate, one of them twice."""
     folder = tmp_path_factory.mktemp("songs")
-    write_songs(folder, rate=16000, count=6, seconds=0.6)
+    write_songs(folder, rate=12000, count=6, seconds=0.6)
     shutil.copy(folder / "song_1.wav", folder / "song_1 copy.wav")
     return folder
 
@@ -589,12 +589,12 @@ def test_copies_of_a_song_stay_on_one_side(make, folder):
 def test_a_folder_becomes_batches(make, folder):
     data = ready(make(dir=str(folder), batch_size=2, accumulate=2, crop_seconds=0.5))
     assert data.cache.folder == folder / ".acestep" and not data.bad
-    assert [song.track.duration for song in data.songs[:2]] == [9601 / 16000, 12808 / 16000]
+    assert [song.track.duration for song in data.songs[:2]] == [7201 / 12000, 9608 / 12000]
     held, trained = ({song.track.id for song in each.songs} for each in (data.val_set, data.train_set))
     assert len(held) + len(trained) == 7 and held and not held & trained
     batches = list(data.train_dataloader())
     assert sorted(track for batch in batches for track in batch.tracks) == sorted(trained)
-    assert all(batch.latents.shape[1:] == (12, 16) for batch in batches)  # 0.5 s at 25 Hz
+    assert all(batch.latents.shape[1:] == (12, 48) for batch in batches)  # 0.5 s at 25 Hz
     again = make(dir=str(folder))
     assert again.encode(run=False) == 0
 
@@ -750,7 +750,7 @@ def test_cache_beside_the_songs(make, folder, tmp_path, of):
 def test_upstream_tensors_are_trained_on(make, tmp_path):
     def save(name: str, frames: int, tokens: int, **changes):
         mask = torch.arange(769) < tokens
-        latents, states = torch.randn(frames, 16).bfloat16(), torch.randn(769, 64).bfloat16()
+        latents, states = torch.randn(frames, 48).bfloat16(), torch.randn(769, 128).bfloat16()
         data = {"target_latents": latents, "encoder_hidden_states": states, "encoder_attention_mask": mask}
         torch.save(data | {"metadata": {"caption": "lofi"}} | changes, tmp_path / name)
 

@@ -48,7 +48,7 @@ def make(nano, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory) -> list[Path]:
-    return write_songs(tmp_path_factory.mktemp("songs"), rate=16000, count=3, seconds=1.1)
+    return write_songs(tmp_path_factory.mktemp("songs"), rate=12000, count=3, seconds=1.1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def fed(pipeline, track: Track, caption: str, duration: float, **options) -> dic
             num_inference_steps=1,
             guidance_scale=1.0,
             output_type="latent",
-            **{"latents": torch.zeros(1, math.ceil(duration * 25), 16)} | options,
+            **{"latents": torch.zeros(1, math.ceil(duration * 25), 48)} | options,
         )
     finally:
         handle.remove()
@@ -130,7 +130,7 @@ def test_hints_are_what_inference_makes_of_an_lms_codes(make, tracks, pipeline):
             quantized, codes = pipeline.audio_tokenizer.tokenize(mean[None], silence)
             close(job.entry.read("hints"), pipeline.audio_token_detokenizer(quantized)[0, : len(mean)])
         text = "".join(f"<|audio_code_{code}|>" for code in codes.flatten().tolist())
-        options = {"audio_codes": text, "task_type": "cover", "latents": torch.zeros(1, 5 * codes.numel(), 16)}
+        options = {"audio_codes": text, "task_type": "cover", "latents": torch.zeros(1, 5 * codes.numel(), 48)}
         seen = fed(pipeline, job.track, job.track.caption, job.entry.duration, **options)
         close(hint_context(job.entry.read("hints")), seen["context_latents"][0, : len(mean)])
         close(job.entry.read("condition.caption_hint"), seen["encoder_hidden_states"][0])
@@ -141,7 +141,7 @@ def test_upstream_conditions_are_769_states(make, tracks, pipeline):
     """Padded text and lyrics and one timbre state, computed here as the official trainer describes it."""
     _, jobs = make(tracks[1:2], UPSTREAM)
     track, states = jobs[0].track, jobs[0].entry.read("condition.caption")
-    assert states.shape == (256 + 512 + 1, 64)
+    assert states.shape == (256 + 512 + 1, 128)
     prompt = UPSTREAM.prompt(track, track.caption, TEXT2MUSIC, jobs[0].entry.duration)
     tokens = [
         pipeline.tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -153,7 +153,7 @@ def test_upstream_conditions_are_769_states(make, tracks, pipeline):
             tokens[0].attention_mask.bool(),
             pipeline.text_encoder.get_input_embeddings()(tokens[1].input_ids),
             tokens[1].attention_mask.bool(),
-            torch.zeros(1, 1, 16),
+            torch.zeros(1, 1, 48),
             torch.zeros(1, dtype=torch.long),
         )
     close(states, expected[0])
@@ -312,7 +312,11 @@ def test_windows_are_bounded(fast, spooled, monkeypatch):
 
 
 def test_receptive_field_is_known(vae):
-    """The gradient of one frame is exactly zero beyond the margin, and not much nearer: the margin is no guess."""
+    """The gradient of one frame is exactly zero beyond the margin, and not much nearer: the margin is no guess.
+
+    Of random weights: nano's own leave most residual units silent.
+    """
+    vae = AutoencoderOobleck.from_config(vae.config).requires_grad_(False)
     hop, margin = math.prod(vae.config.downsampling_ratios), receptive_frames(vae.config.downsampling_ratios)
     frame = margin + 2
     with torch.inference_mode(False), torch.enable_grad():
@@ -345,7 +349,7 @@ def test_a_song_is_encoded_as_decoded(make, songs, nano, workers):
     for path, job in zip(songs, jobs, strict=True):
         samples, _ = soundfile.read(path)
         mean, std = whole_clip(vae, samples)
-        assert job.entry.frames == len(mean) and job.entry.duration == len(samples) / 16000
+        assert job.entry.frames == len(mean) and job.entry.duration == len(samples) / 12000
         close(job.entry.read("latents.mean"), mean)
         close(job.entry.read("latents.std"), std)
 

@@ -43,7 +43,7 @@ def adapter(folder, which="adapter"):
 @pytest.fixture(scope="module")
 def finished(run):
     """One run of six steps over two epochs, checkpointed at each; dataset.custom_tag set."""
-    return run(*STEPS, *SAVE, "dataset.custom_tag=glimmer", "trainer.log_every_n_steps=1")
+    return run(*STEPS, *SAVE, "dataset.custom_tag=glimmer", "trainer.log_every_n_steps=1", "optimizer.lr=2e-3")
 
 
 def test_run_leaves_what_it_should(finished):
@@ -179,7 +179,7 @@ def test_every_adapter_starts_as_the_base_model_and_leaves_it_alone(nano, config
     base, dit = load_dit(nano.dit), load_dit(nano.dit)
     made: Adapter = instantiate(configure("train", f"adapter={kind}", "adapter.r=8").adapter)
     made.inject(dit)
-    inputs = torch.randn(1, 20, 16), torch.tensor([0.4]), torch.randn(1, 5, 64), torch.randn(1, 20, 32)
+    inputs = torch.randn(1, 20, 48), torch.tensor([0.4]), torch.randn(1, 5, 128), torch.randn(1, 20, 96)
     torch.testing.assert_close(dit(*inputs), base(*inputs), rtol=0, atol=1e-5)
     optimizer = torch.optim.AdamW([p for p in dit.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
@@ -194,9 +194,9 @@ def test_every_adapter_starts_as_the_base_model_and_leaves_it_alone(nano, config
 
 
 @pytest.mark.parametrize("options, modules", [
-    ({"attention": "self"}, 16), ({"attention": "cross"}, 16), ({"attention": "none", "mlp": True}, 12),
+    ({"attention": "self"}, 24), ({"attention": "cross"}, 24), ({"attention": "none", "mlp": True}, 18),
     ({"layers": "1-2"}, 16), ({"layers": "0,3", "mlp": True}, 22),
-    ({"rank_pattern": {"layers.0.self_attn.q_proj": 0, "layers.1.self_attn.q_proj": 3}}, 31),
+    ({"rank_pattern": {"layers.0.self_attn.q_proj": 0, "layers.1.self_attn.q_proj": 3}}, 47),
 ])  # fmt: skip
 def test_exactly_the_asked_modules_are_adapted(nano, options, modules):
     import functools
@@ -214,8 +214,8 @@ def test_exactly_the_asked_modules_are_adapted(nano, options, modules):
 
 @pytest.mark.parametrize("options, message", [
     ({"r": 0}, "got 0"), ({"attention": "all"}, "got all"), ({"attention": "none"}, "adapts nothing"),
-    ({"layers": "2-9"}, "layers 0 to 3"), ({"layers": "x"}, "layers=x"), ({"dropout": 1.0}, "got 1.0"),
-    ({"rank_pattern": {"layers.0.self_attn.qproj": 4}}, "qproj"), ({"rank_pattern": {"a": -1}}, "a: -1"),
+    ({"layers": "2-9"}, "layers 0 to 5"), ({"layers": "x"}, "layers=x"), ({"dropout": 1.0}, "got 1.0"),
+    ({"rank_pattern": {"layers.0.self_attn.qproj": 4}}, "qproj"), ({"rank_pattern": {"a": -1}}, "'a': -1"),
     ({"rank_pattern": "nowhere.yaml"}, "nowhere.yaml"),
 ])  # fmt: skip
 def test_impossible_adapters_are_refused_by_value(nano, options, message):

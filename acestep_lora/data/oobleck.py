@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
+from diffusers.models.autoencoders.autoencoder_oobleck import OobleckResidualUnit, Snake1d
 from torch import Tensor, nn
 
 from acestep_lora import basemodel
@@ -37,11 +37,14 @@ class Snake(nn.Module):
 
 def streamline(encoder: nn.Module) -> nn.Module:
     """The same function of the same weights, without what it computes again and again."""
-    for module in list(encoder.modules()):
+    for module in encoder.modules():
         if isinstance(module, nn.Conv1d):
             nn.utils.remove_weight_norm(module)
+    for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Snake1d):
+            if isinstance(child, OobleckResidualUnit) and not any(p.any() for p in child.conv2.parameters()):
+                setattr(module, name, nn.Identity())  # it adds nothing: nano's units at full sample rate
+            elif isinstance(child, Snake1d):
                 setattr(module, name, Snake(child))
     return encoder
 

@@ -125,7 +125,8 @@ def _melody(score: Score, bar: int, root: int, pattern: str, degree: int, rng: n
                 (root + k + 7 * o for k in (0, 2, 4) for o in (-2, -1, 0, 1, 2)), key=lambda d: abs(d - degree)
             )
         degree = int(np.clip(degree, -3, 9))
-        tone = _within(score.pitch(degree, 5), score.lead)
+        octave = 4 if score.tonic < 6 else 3  # from F#3 to F5 or so in every key
+        tone = _within(score.pitch(degree, octave), score.lead)
         score.notes.append(Note(score.lead, score.time(bar, step), steps * score.step * 0.95, tone, loudness))
     return degree
 
