@@ -106,6 +106,8 @@ def sentence(error: BaseException) -> str:
         if isinstance(cause, ValueError):  # UserError is one, and so are the complaints of dataclasses
             return str(cause).partition("\n")[0]
     text = " ".join(str(error).split("\n")[:2])
+    if "hydra_plugins." in text:
+        text += ' The launchers come with pip install "acestep-lora[cluster]".'
     if re.search(r"No match in the defaults list|not in '\w+_schema'", text):
         text += f" It is none of {', '.join(sorted(path.name for path in CONF.iterdir() if path.is_dir()))}."
     return text

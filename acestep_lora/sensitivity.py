@@ -343,7 +343,7 @@ def measure_job(cfg: DictConfig, base, hardware: Hardware) -> tuple[Sensitivity,
     module = FlowModule(
         base,
         Probes(instantiate(cfg.adapter), cfg.seed),
-        optimizer=None,
+        optimizer=torch.optim.SGD,
         dtype=hardware.dtype,
         recompute=10**3 if hardware.recompute == "all" or hardware.recompute == "auto" and hardware.memory else 0,
         attention=hardware.attention,

@@ -121,7 +121,7 @@ def test_adapters_go_onto_the_model(option, nano, name):
     dit = load_dit(nano.dit)
     count = adapter.inject(dit)
     adapted = [module for module in dit.modules() if isinstance(module, BaseTunerLayer)]
-    assert len(adapted) == (0 if name == "none" else 4 * 8)
+    assert len(adapted) == (0 if name == "none" else 6 * 8)
     assert count == sum(parameter.numel() for parameter in dit.parameters() if parameter.requires_grad) > 0
 
 

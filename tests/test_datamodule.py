@@ -764,7 +764,7 @@ def test_upstream_tensors_are_trained_on(make, tmp_path):
     assert {path.name for path, _ in data.bad} == {"lokr.pt", "other model.pt", "broken.pt"}
     assert [song.track.duration for song in data.songs] == [(20 + i) / 25 for i in range(5)]
     shapes = {tuple(batch.latents.shape[1:]) + (batch.condition.shape[1],) for batch in data.train_dataloader()}
-    assert shapes < {(20 + i, 16, 40 + i) for i in range(5)} and len(shapes) == 4
+    assert shapes < {(20 + i, 48, 40 + i) for i in range(5)} and len(shapes) == 4
     entries = {path: path.stat().st_mtime_ns for path in (tmp_path / ".acestep").glob("*.safetensors")}
     ready(make(tensors=str(tmp_path)))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".acestep").glob("*.safetensors")} == entries

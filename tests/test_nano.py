@@ -64,8 +64,7 @@ def test_latents_of_unseen_songs_are_normalised_and_can_be_heard(nano):
     heard = [nano.vae.decode(posterior.mean).sample[0].numpy() for posterior in posteriors]
     pairs = list(zip(clips, heard, strict=True))
     assert np.mean([measures.chroma_correlation(clip, copy, 12000) for clip, copy in pairs]) > 0.75
-    distance = np.mean([measures.spectral_distance(copy, clip) for clip, copy in pairs])
-    assert distance < np.mean([measures.mean_frame_distance(clip) for clip in clips])
+    assert np.mean([measures.spectral_distance(copy, clip) for clip, copy in pairs]) < 0.8
 
 
 def test_silence_latent_is_the_encoding_of_silence(nano):

@@ -35,9 +35,11 @@ def test_drift_is_the_distance_to_the_base_model(nano, configure):
 
     from acestep_lora.module import FlowModule
 
-    module = FlowModule(nano, instantiate(configure("train", "adapter.r=4").adapter), optimizer=None, preservation=2.0)
+    module = FlowModule(
+        nano, instantiate(configure("train", "adapter.r=4").adapter), optimizer=torch.optim.SGD, preservation=2.0
+    )
     module.take(load_dit(nano.dit), *constants(nano))
-    prompts = [torch.randn(7, 64), torch.randn(5, 64)]
+    prompts = [torch.randn(7, 128), torch.randn(5, 128)]
     batch = collate([item(40, 1) | {"prior": prompts[0]}, item(57, 2) | {"prior": prompts[1]}])
     assert (module.drift(batch) == 0).all()
     for parameter in module.trainable().values():
@@ -45,7 +47,7 @@ def test_drift_is_the_distance_to_the_base_model(nano, configure):
     drift = module.drift(batch)
     for i, frames in enumerate((40, 57)):
         x_t = noisy(batch.latents, batch.noise, batch.t)[i : i + 1, :frames]
-        context = torch.cat([module.silence[:frames], torch.ones(frames, 16)], dim=1)[None]
+        context = torch.cat([module.silence[:frames], torch.ones(frames, 48)], dim=1)[None]
         inputs = x_t, batch.t[i : i + 1], prompts[i][None], context
         moved = module.dit(*inputs)
         with disabled(module.dit):

@@ -40,7 +40,7 @@ def test_adapters_learn_on_packed_weights(job, kind, adapter):
     for _ in range(6):
         step.run()
     after = float(step.forward())
-    assert after < before - 0.02
+    assert after < before - 0.005
     state = adapters.state(step.module.dit)
     torch.manual_seed(0)
     plain = Step(job(f"adapter={adapter}"), job(f"adapter={adapter}").module("cpu"))

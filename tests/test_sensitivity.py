@@ -34,7 +34,9 @@ def probed(nano, dit, columns: int = 10**6, **options) -> FlowModule:
 
 def item(frames: int, seed: int, tokens: int = 9) -> dict:
     torch.manual_seed(seed)
-    state = {"latents": torch.randn(frames, 16), "noise": torch.randn(frames, 16), "condition": torch.randn(tokens, 64)}
+    state = {"latents": torch.randn(frames, 48), "noise": torch.randn(frames, 48)} | {
+        "condition": torch.randn(tokens, 128)
+    }
     fixed = {"dropped": False, "weight": 1.0, "level": 0, "window": 1, "key": seed, "hints": None, "track": str(seed)}
     return state | fixed | {"t": 0.2 + 0.2 * seed}
 

@@ -23,7 +23,9 @@ from acestep_lora.errors import UserError
 from acestep_lora.hashes import FileHashes
 from acestep_lora.runs import occupied, open_run
 
-STEPS = ("trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=1")
+STEPS = (
+    "trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=1", "optimizer.lr=2e-3"
+)  # fmt: skip
 SAVE = ("save_every_n_steps=1", "keep_last=null")
 
 
@@ -43,7 +45,7 @@ def adapter(folder, which="adapter"):
 @pytest.fixture(scope="module")
 def finished(run):
     """One run of six steps over two epochs, checkpointed at each; dataset.custom_tag set."""
-    return run(*STEPS, *SAVE, "dataset.custom_tag=glimmer", "trainer.log_every_n_steps=1", "optimizer.lr=2e-3")
+    return run(*STEPS, *SAVE, "dataset.custom_tag=glimmer", "trainer.log_every_n_steps=1")
 
 
 def test_run_leaves_what_it_should(finished):

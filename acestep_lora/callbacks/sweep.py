@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from acestep_lora.hashes import write_atomic
@@ -17,6 +18,8 @@ class SweepTable(Callback):
     """A callback of Hydra's: `job.json` in every job's folder, then sweep.html and a table of all of them."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_) -> None:
+        if job_return.hydra_cfg.hydra.mode != RunMode.MULTIRUN:
+            return
         value = job_return.return_value if job_return.status is JobStatus.COMPLETED else math.nan
         file = Path(job_return.hydra_cfg.hydra.runtime.output_dir) / FILE
         failed = value is not None and not math.isfinite(value)
