@@ -52,6 +52,7 @@ _TOP_LEVEL = {
     "guidance_scale clap output_dir",
     "export": "verb model adapter format output name dtype approximate tolerance max_rank size comfyui_dora tuned repo "
     "private",
+    "presets": "save output description",
 }
 
 

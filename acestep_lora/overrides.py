@@ -21,14 +21,15 @@ from hydra.core.override_parser.types import Quote, QuotedString
 PROSE = frozenset(
     """
     prompt negative_prompt lyrics keyscale dataset.custom_tag transcriber.prompt structure.prompt captioner.prompt
+    description
     """.split()
 )
 PATHS = frozenset(
     """
     dataset.dir dataset.json dataset.cache_dir model.path model.parts_path adapter.path adapter.init_from
     adapter.rank_pattern output_dir output input resume runs name against measured hydra.run.dir hydra.sweep.dir
-    preservation.prompts
-    tuned clap transcriber.model transcriber.service.model captioner.service.model captioner.path captioner.base report
+    preservation.prompts tuned clap transcriber.model transcriber.service.model captioner.service.model captioner.path
+    captioner.base report save
     """.split()
 )
 FREE_TEXT = PROSE | PATHS

@@ -7,7 +7,7 @@ from pathlib import Path
 from acestep_lora import cli
 
 GUIDES = [cli.ROOT / "README.md", *sorted(set((cli.ROOT / "docs").glob("*.md")) - {cli.ROOT / "docs/log.md"})]
-SCRIPT = re.compile(r"(?:python|py) (?:-m acestep_lora\.(\w+)|(\w+)\.py)(?![\w/])(.*)")
+SCRIPT = re.compile(r"(?:(?:python|py) |/app/)(?:-m acestep_lora\.(\w+)|(\w+)\.py)(?![\w/])(.*)")
 PROGRAM = re.compile(
     r"(?:\S*/)?(python3?|py|pip|hf|git|cd|export|set|docker|ssh|scp|rsync|tmux|srun|sbatch|ray|wandb|apt-get|curl"
     r"|pytest|Set-\S+|\.venv\S+) \S.*"
@@ -77,26 +77,30 @@ QUICK = {
     "preprocess": ["hardware=cpu"],
     "generate": ["duration=2", "steps=2", "hardware=cpu"],
     "annotate": ["hardware=cpu"],
-    "export": [],
     "sensitivity": ["hardware=cpu", "dataset.crop_seconds=2"],
     "evaluate": ["hardware=cpu", "dataset.crop_seconds=2", "repeats=1", "clips=2", "duration=2", "adapter.scale=1"],
-    "report": [],
 }
 """What makes a try short; a command without an entry that takes train's options has train's."""
 ELSEWHERE = re.compile(
-    r"(transcriber|captioner|structure)=(?!lrc|none|rule_based)\S+|hardware\.devices=\S+|--config-dir|hydra/launcher=\S+"
+    r"(transcriber|captioner|structure)=(?!lrc|none|rule_based)\S+|push|--config-dir|hardware\.(devices|num_nodes)=\S+"
+    r"|hardware=(h100x8|slurm)|hydra/launcher=\S+"
 )
-"""Of commands that cannot be tried here: providers that are services or models to be downloaded, several devices."""
+"""Of commands that cannot be tried here: services, models to be downloaded, the hub, a folder of the reader's, several
+devices."""
 
 
-def on_nano(name: str, arguments: list[str], songs: Path, adapter: Path) -> list[str]:
-    """A documented command's arguments for the nano model, the CPU, these songs and this run's adapter."""
-    values = {"model": "nano", "dataset.dir": songs, "adapter.path": adapter, "runs": adapter}
+def on_nano(name: str, arguments: list[str], home: Path) -> list[str]:
+    """A documented command's arguments for the nano model, the CPU, and the songs, runs and fine-tune in a folder."""
+    run, other = home / "trained", home / "trained_too"
+    values = {"model": "nano", "dataset.dir": home / "songs", "tuned": home / "tuned"}
+    values |= dict.fromkeys(("adapter.path", "runs", "save"), run)
     words = []
     for word in arguments:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.replace("=/work/", "=").partition("=")
+        if equals and key in values:
+            value = f"[{run},{other}]" if "," in value and values[key] == run else values[key]
         if key not in ("model.path", "model.parts_path", "hardware"):
-            words.append(f"{key}={values[key]}" if equals and key in values else word)
+            words.append(f"{key}{equals}{value}")
     short = QUICK.get(name, QUICK["train"] if configured_by(name) == "train" else [])
     at = words.index("--against") if "--against" in words else len(words)
     return words[:at] + short + words[at:]

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from guides import (
     ELSEWHERE,
@@ -30,10 +31,13 @@ from guides import (
     text,
     typed,
 )
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
 
 from acestep_lora import cli
 
-NO_OPTIONS = {"adapter=hra", "key=value", "weights_only=True", "torch_dtype=torch.bfloat16"}  # an example, and Python
+NO_OPTIONS = {"adapter=hra", "adapter=mine", "adapter=lokrr", "key=value"}  # examples
+NO_OPTIONS |= {"weights_only=True", "torch_dtype=torch.bfloat16"}  # Python
 OVERRIDE = re.compile(r"[a-z_.]+=(?!\.\.\.)\S+")
 USED = {
     f"{name} {' '.join(arguments)}": (name, arguments)
@@ -123,6 +127,60 @@ def test_every_python_file_is_in_the_readmes_tree():
     assert [file.name for file in files if f" {file.name} " not in readme and not file.stem.startswith("__")] == []
 
 
+# ---------------------------------------------------------------- what is made from something else
+
+
+@pytest.fixture(scope="module")
+def settings():
+    """docs/make_settings.py as a module."""
+    sys.path.insert(0, str(cli.ROOT / "docs"))
+    import make_settings
+
+    return make_settings
+
+
+def test_the_settings_page_is_what_the_yaml_files_say(settings):
+    page = (cli.ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert page == settings.make(), "run python docs/make_settings.py"
+
+
+def test_every_setting_says_what_it_does_and_when_to_change_it(settings):
+    rows = [line for line in settings.make().splitlines() if line.startswith("| `") and line.count(" | ") >= 3]
+    assert len(rows) > 150
+    for row in rows:
+        key, default, what, when = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        assert default and what and when, f"{key} needs a comment '# what it does | when to change it'"
+
+
+def test_comments_of_yaml_files_are_found(settings, tmp_path):
+    file = tmp_path / "x.yaml"
+    lines = ["a: 'it # is'  # an LM's codes | never", "b:", "  c: 1  # one", "     #   and two | likewise", "d: 2"]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert settings.comments(file) == {"a": "an LM's codes | never", "b": "", "b.c": "one and two | likewise", "d": ""}
+
+
+def test_the_table_of_timesteps_is_right(configure):
+    u = (torch.arange(20000) + 0.5) / 20000
+    rows = re.findall(
+        r"^\| `(\w+)`.*? \| ([\d.]+) \| (\d+) % \| (\d+) % \|$", text(cli.ROOT / "docs/timesteps.md"), re.M
+    )
+    assert {name for name, *_ in rows} == {file.stem for file in (cli.CONF / "timesteps").glob("*.yaml")}
+    for name, *told in rows:
+        t = instantiate(configure("train", f"timesteps={name}").timesteps)(u)
+        found = [t.mean(), 100 * (t > 0.9).float().mean(), 100 * (t < 0.3).float().mean()]
+        assert [f"{found[0]:.2f}", *(f"{share:.0f}" for share in found[1:])] == told
+
+
+def test_the_dockerfile_copies_and_runs_what_is_there():
+    lines = (cli.ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert copied and all((cli.ROOT / file).exists() for file in copied)
+    assert all((cli.ROOT / file).exists() for line in lines for file in re.findall(r"/app/([\w.]+)", line))
+    project = tomllib.loads((cli.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [extras] = [found for line in lines for found in re.findall(r"\.\[([\w,]+)\]", line)]
+    assert project["optional-dependencies"].keys() >= set(extras.split(","))
+
+
 # ---------------------------------------------------------------- for real, on nano and the CPU
 
 
@@ -137,6 +195,12 @@ def home(tmp_path_factory, run) -> Path:
     (folder / "song.txt").write_text("[Verse 1]\nLanterns on the water\n", encoding="utf-8")
     shutil.copy(folder / "song.txt", folder / "words.txt")
     run("trainer.max_steps=2", "trainer.accumulate_grad_batches=1", folder=folder / "trained")
+    shutil.copytree(folder / "trained", folder / "trained_too")
+    shutil.copytree(cli.ROOT / "data/models/nano", folder / "tuned")
+    [weights] = (folder / "tuned/transformer").glob("*.safetensors")
+    state = load_file(weights)
+    state["layers.1.mlp.up_proj.weight"] *= 1.1
+    save_file(state, weights)
     return folder
 
 
@@ -147,7 +211,7 @@ def perform(home, monkeypatch, capsys):
     handlers, level = list(root.handlers), root.level
 
     def go(name: str, arguments: list[str]) -> tuple[int, str]:
-        given = on_nano(name, arguments, home / "songs", home / "trained")
+        given = on_nano(name, arguments, home)
         monkeypatch.setattr(sys, "argv", [name, *given])
         script = cli.ROOT / f"{name}.py"
         with pytest.raises(SystemExit) as end:
