@@ -24,7 +24,7 @@ CHOSEN = ("conditioning", "timesteps", "adapter", "scheduler", "optimizer", "tra
 KEPT = ("model", "hardware", "dataset")
 """Groups that belong to a machine and its songs: what was set in them is kept, the option itself is not."""
 PERSONAL = {
-    *("name", "output_dir", "resume", "overwrite", "experiment", "logger"),
+    *("name", "output_dir", "resume", "allow_changes", "overwrite", "experiment", "logger"),
     *("dataset.dir", "dataset.json", "dataset.tensors", "dataset.cache_dir", "dataset.custom_tag"),
     *("model.path", "model.parts_path", "model.timestep_mu", "model.timestep_sigma", "model.name", "model.variant"),
     *("model.repo", "hardware.num_workers", "hardware.devices", "hardware.num_nodes", "hardware.vram_gb"),
