@@ -151,8 +151,6 @@ class FlowModule(L.LightningModule):
         trainer = self.trainer
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        if not batches:
-            return 0
         per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
         totals = [trainer.max_steps if trainer.max_steps != -1 else None]
         totals += [trainer.max_epochs * per_epoch if trainer.max_epochs not in (None, -1) else None]

@@ -27,7 +27,7 @@ LORA = functools.partial(LoraConfig, r=4)
 
 def probed(nano, dit, columns: int = 10**6, **options) -> FlowModule:
     probes = sensitivity.Probes(Adapter(LORA, mlp=True, **options), seed=0, columns=columns)
-    module = FlowModule(nano, probes, optimizer=None)
+    module = FlowModule(nano, probes, optimizer=torch.optim.SGD)
     module.take(dit, *constants(nano))
     return module
 
@@ -109,7 +109,7 @@ def test_a_pass_costs_what_a_training_step_costs(configure):
     job = plan.job_of(cfg, instantiate(cfg.hardware), None)
 
     def watched() -> FlowModule:
-        probes = FlowModule(None, sensitivity.Probes(instantiate(cfg.adapter), 0), optimizer=None)
+        probes = FlowModule(None, sensitivity.Probes(instantiate(cfg.adapter), 0), optimizer=torch.optim.SGD)
         dit = AceStepDiT(**job.shape).requires_grad_(False)
         probes.take(dit, torch.zeros(job.condition_width), torch.zeros(job.frames, 64))
         return probes
