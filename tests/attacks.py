@@ -1,6 +1,7 @@
 """Every parser of files that come from elsewhere as a function of one file's bytes, and ways to spoil such bytes.
 
-test_fuzz.py drives them with hypothesis; `python tests/attacks.py NAME -max_total_time=60` does with atheris.
+test_fuzz.py drives them with hypothesis; `python tests/attacks.py NAME -max_total_time=60` does with atheris
+(the extra `fuzz`).
 """
 
 import io
@@ -31,6 +32,7 @@ from acestep_lora.data.cache import Cache, read_upstream
 from acestep_lora.data.draws import Draw
 from acestep_lora.data.encode import BadFiles
 from acestep_lora.data.items import Song, TrainSongs, collate
+from acestep_lora.data.sidecars import strip_lrc
 from acestep_lora.data.track import Track, read_dataset_json, scan, write_dataset_json
 from acestep_lora.dit import load_dit
 from acestep_lora.errors import UserError
@@ -99,7 +101,8 @@ def beside_a_song(name: str, data: bytes) -> None:
     track = tracks["song"]
     write_dataset_json(found.tracks, here / "written.json")
     [again] = [one for one in read_dataset_json(here / "written.json").tracks if one.path.stem == "song"]
-    assert (again.caption, again.lyrics, again.bpm) == (track.caption, track.lyrics, track.bpm)
+    assert (again.caption, again.bpm) == (track.caption, track.bpm)
+    assert again.lyrics == (strip_lrc(track.lyrics) or track.lyrics)  # a stamp may be left inside another one
     try:
         timed = lines.read_lines(track.path)
         song = lines.align(track.lyrics, timed, 30.0)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import services
 import soundfile
+from builders import write_songs
 from services import SECRET, WRONG_KEY, chat, gemini, whisper
 
 import annotate
@@ -513,3 +514,19 @@ def test_the_command_survives_kills(tmp_path):
             twelve(folder)
     assert start(folder).wait() == 0
     assert sidecars_of(folder) == sidecars_of(tmp_path / "whole")
+
+
+def test_half_a_surrogate_in_a_json_survives(tmp_path):
+    """Valid JSON that no UTF-8 file can hold unescaped: found by fuzzing."""
+    song = tmp_path / "song.wav"
+    song.touch()
+    (tmp_path / "song.json").write_text('{"\\ud800": "\\udfff", "bpm": 90}', encoding="utf-8")
+    assert record.save(song, {"bpm": 120}).data["\ud800"] == "\udfff"
+
+
+@pytest.mark.parametrize("value", ["", "n/a", "fast", {}])
+def test_a_check_without_a_value_is_no_disagreement(tmp_path, value):
+    song = write_songs(tmp_path, 8000, count=1)[0]
+    sidecar = {"bpm": 90, "checks": {"bpm": {"value": value, "provider": "x"}}}
+    song.with_suffix(".json").write_text(json.dumps(sidecar), encoding="utf-8")
+    assert disagreements(scan(tmp_path).tracks[0]) == []

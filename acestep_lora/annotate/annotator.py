@@ -219,7 +219,9 @@ def _difference(name: str, mine: object, theirs: object) -> str | None:
     try:
         theirs = sidecars.NORMALISE[name](theirs)
     except ValueError:
-        return None  # somebody wrote into "checks"
+        theirs = None  # somebody wrote into "checks"
+    if theirs is None:
+        return None
     if name == "lyrics":
         share = lyrics.overlap(mine, theirs)
         return f"hears {share:.0%} of the words given" if share < LIKENESS else None

@@ -185,7 +185,8 @@ def _put(data: dict, key: str, entries: dict) -> None:
 
 
 def _json(document: Mapping) -> bytes:
-    return (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
+    text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+    return text.encode(errors="backslashreplace")  # half a surrogate pair: as JSON escapes it
 
 
 def backup(folder: Path) -> Path:

@@ -283,7 +283,7 @@ def write_dataset_json(
         "genre_ratio": genre_ratio,
     }
     document = {"metadata": metadata, "samples": [_sample(track) for track in tracks]}
-    write_atomic(Path(path), json.dumps(document, indent=2, ensure_ascii=False).encode())
+    write_atomic(Path(path), json.dumps(document, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 def _sample(track: Track) -> dict[str, object]:
