@@ -227,6 +227,7 @@ def test_forty_kills_at_random_moments_change_nothing(start, tmp_path):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 kills += 1
+                print("kill", kills, "at", [path.name for path in checkpoint_folders(folder)][-1:], flush=True)
             process.communicate()
         process = start("resume=auto", folder=folder)
         process.communicate()
