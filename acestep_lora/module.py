@@ -85,7 +85,7 @@ class FlowModule(L.LightningModule):
     # ------------------------------------------------------------ model
 
     def setup(self, stage: str) -> None:
-        if self.total_steps() < 1:
+        if self.steps_per_epoch() < 1:
             limit = self.trainer.limit_train_batches
             raise UserError(f"trainer.limit_train_batches={limit} leaves nothing of an epoch to train on.")
 
@@ -143,17 +143,18 @@ class FlowModule(L.LightningModule):
         scheduler = self.make_scheduler(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run, under max_epochs, max_steps or both.
-
-        Trainer.estimated_stepping_batches would start the loader before a resumed run has restored its position.
-        """
+    def steps_per_epoch(self) -> int:
+        """Trainer.estimated_stepping_batches would start the loader before a resumed run has restored its position."""
         trainer = self.trainer
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        return math.ceil(batches / trainer.accumulate_grad_batches)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, under max_epochs, max_steps or both."""
+        trainer = self.trainer
         totals = [trainer.max_steps if trainer.max_steps != -1 else None]
-        totals += [trainer.max_epochs * per_epoch if trainer.max_epochs not in (None, -1) else None]
+        totals += [trainer.max_epochs * self.steps_per_epoch() if trainer.max_epochs not in (None, -1) else None]
         return min((total for total in totals if total is not None), default=10**9)
 
     # ------------------------------------------------------------ steps

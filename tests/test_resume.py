@@ -264,9 +264,11 @@ def test_what_its_tensors_were_made_for_cannot_change(run, begun, tmp_path, opti
 
 
 @pytest.mark.parametrize("option, told", [
-    ("dataset.custom_tag=other", "has changed"), ("dataset.crop_seconds=1", "dataset.crop_seconds was 2 and is 1"),
-    ("seed=7", "seed was 42 and is 7"), ("timesteps=uniform", "timesteps._target_ was"),
-    ("adapter.dropout=0.5", "adapter.dropout was 0.0 and is 0.5"),
+    ("dataset.custom_tag=other", "has changed"), ("adapter.dropout=0.5", "lora_dropout was 0.0 and is 0.5"),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ("dataset.crop_seconds=1", "dataset.crop_seconds was 2 and is 1"), ("seed=7", "seed was 42 and is 7"),
+        ("timesteps=uniform", "timesteps._target_ was"),
+    )),
 ])  # fmt: skip
 def test_the_rest_may_change_when_asked_to(run, begun, tmp_path, option, told):
     copy = tmp_path / "copy"
