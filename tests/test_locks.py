@@ -1,6 +1,5 @@
 """Several processes at one dataset: they wait, or are refused, and what they make is what one would have made."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from acestep_lora import runs
 from acestep_lora.cli import ROOT
+from acestep_lora.data.cache import Cache
 from acestep_lora.errors import UserError
 from acestep_lora.locks import is_locked, locked
 
@@ -48,6 +48,7 @@ def test_a_lock_does_not_outlive_its_process_however_that_ends(tmp_path):
     assert not is_locked(path)
 
 
+@pytest.mark.slow
 def test_two_preprocessings_at_once_make_what_one_makes(tmp_path):
     songs, cache = tmp_path / "songs", tmp_path / "cache"
     songs.mkdir()
@@ -87,17 +88,12 @@ def test_other_words_and_pruning_during_a_training_do_not_touch_it(run, demo_cac
     assert seen[0][1] == 1 and f"error: {cache} is in use by a training" in seen[0][0]
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (alone / name).read_bytes()
-    process = preprocess(ROOT / "data/demo", cache, "prune=true")
-    assert "8 unused entries removed" in process.communicate()[0]
-    assert not [path for path in cache.glob(".in-use*")]
+    assert len(Cache(cache).prune(set())) == 16  # eight songs, with their words before and after
 
 
 def test_what_killed_processes_left_goes_when_the_next_one_writes(tmp_path):
-    songs, cache = tmp_path / "songs", tmp_path / "cache"
-    songs.mkdir()
-    cache.mkdir()
-    write_songs(songs, 16000, count=1)
-    for name in (".0123.tmp", "tmpabc.f32"):
-        (cache / name).write_bytes(os.urandom(9))
-    assert preprocess(songs, cache).wait() == 0
-    assert not [path for path in cache.iterdir() if path.suffix in (".tmp", ".f32")]
+    left = [tmp_path / ".0123.tmp", tmp_path / "tmpabc.f32"]
+    for path in left:
+        path.write_bytes(b"half")
+    with Cache(tmp_path).writing():
+        assert not any(path.exists() for path in left)
