@@ -183,7 +183,9 @@ class ManifestMachine(RuleBasedStateMachine):
     def add(self, name, caption, bpm):
         path = self.folder / f"{name}.wav"
         path.write_bytes(b"RIFF")
-        self.tracks[name] = Track(id=path.name, path=path, caption=caption or "x", bpm=bpm, duration=2.0)
+        self.tracks[name] = Track(
+            id=path.name, path=path, caption=" ".join(caption.split()) or "x", bpm=bpm, duration=2.0
+        )
         return name
 
     @rule(name=songs)
