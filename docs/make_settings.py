@@ -19,7 +19,7 @@ Every setting there is: its default, what it does, when to change it. A setting 
 """
 TECHNICAL = re.compile(r"_\w+_|hydra|defaults|module|shape|config|components")
 """Keys that are no settings: what is instantiated, how it is wired, and a model's published sizes."""
-_KEY = re.compile(r"^( *)(?:- )?([\w/]+):(?:\s|$)(.*)$")
+_KEY = re.compile(r"^( *)(?:- )?([\w/.]+):(?:\s|$)(.*)$")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 

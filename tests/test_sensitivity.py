@@ -202,7 +202,7 @@ def test_two_seeds_agree_and_one_seed_repeats_itself(first, measured):
 
 def test_files_are_complete(first):
     told = json.loads((first / "sensitivity.json").read_text())
-    assert len(told["modules"]) == 32 and len(told["blocks"]) == 4 and len(told["kinds"]) == 8
+    assert len(told["modules"]) == 48 and len(told["blocks"]) == 6 and len(told["kinds"]) == 8
     assert sum(each["gradient"] for each in told["blocks"].values()) == pytest.approx(1)
     assert all(len(each["gradient"]) == 2 and each["spread"] >= 0 for each in told["modules"])
     assert (first / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
@@ -211,7 +211,7 @@ def test_files_are_complete(first):
 def test_training_takes_the_pattern_and_adapts_nothing_else(first, run):
     pattern = yaml.safe_load((first / "rank_pattern.yaml").read_text())
     chosen = {name: rank for name, rank in pattern.items() if rank}
-    assert len(pattern) == 4 * 11 and 0 < len(chosen) <= 12
+    assert len(pattern) == 6 * 11 and 0 < len(chosen) <= 12
     for given in (f"@{first / 'rank_pattern.yaml'}", f"{first / 'rank_pattern.yaml'}"):
         _, folder = run(f"adapter.rank_pattern={given}", "adapter.r=8", "trainer.max_steps=1")
         tensors = load_file(folder / "adapter/adapter_model.safetensors")
