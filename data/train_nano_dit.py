@@ -37,7 +37,7 @@ OVERRIDES = """
     adapter=none model=nano optimizer.lr=1e-3 optimizer.betas=[0.9,0.98] timesteps=mixture ema.decay=0.999
     dataset=folder dataset.batch_size=16 dataset.val_fraction=0.02 dataset.stratify=true dataset.condition_dropout=0.1
     trainer.accumulate_grad_batches=1 trainer.max_epochs=1000 trainer.check_val_every_n_epoch=2
-    save_every_n_steps=500 keep_last=1 keep_best=0 sample=false resume=auto logger=csv
+    save_every_n_steps=500 keep_last=1 keep_best=0 sample=false training_report=false resume=auto logger=csv
     module._target_=train_nano_dit.JointModule module.grad_norms_every_n_steps=0
 """.split()
 

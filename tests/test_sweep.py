@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from acestep_lora import cli, sweep, trials
@@ -81,7 +82,7 @@ def test_nothing_varied_or_nothing_measured_makes_no_picture(tmp_path):
 def job(folder: Path, value, **overrides: str) -> JobReturn:
     done = JobReturn(overrides=[f"{key}={text}" for key, text in overrides.items()], status=JobStatus.COMPLETED)
     done.return_value = value
-    done.hydra_cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(folder)}}})
+    done.hydra_cfg = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "runtime": {"output_dir": str(folder)}}})
     return done
 
 
