@@ -1,6 +1,7 @@
 """Shared fixtures: the golden vectors, the shipped nano model, composed configurations, and one finished run."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # train.py and the other commands are scripts, not a package
 os.environ["WANDB_MODE"] = "disabled"
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl+C
 
 
 @pytest.fixture(autouse=True, scope="session")
