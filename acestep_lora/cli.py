@@ -80,8 +80,8 @@ def quiet() -> None:
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     lightning = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed")
-    for name in (*(f"lightning.{module}" for module in lightning), "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in lightning:
+        logging.getLogger(f"lightning.{module}").setLevel(logging.ERROR)
     if not is_first():
         logging.getLogger("acestep_lora").setLevel(logging.WARNING)  # the first process tells the rest
 

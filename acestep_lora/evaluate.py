@@ -28,6 +28,7 @@ from acestep_lora import adapters, cli, distance, generation, pages, pictures, r
 from acestep_lora.adapter_files import has_scale, set_scale
 from acestep_lora.annotate import tempo, tempo_key
 from acestep_lora.basemodel import BaseModel
+from acestep_lora.data.datamodule import LatentDataModule
 from acestep_lora.data.draws import Draw
 from acestep_lora.data.items import VAL_TIMESTEPS, Song, ValSongs, collate
 from acestep_lora.errors import UserError
@@ -147,10 +148,10 @@ def adherence(clips: Sequence[np.ndarray], rate: int, wanted: Sequence[Song], na
 class Judge:
     """Measures adapters on the same songs with the same noise, words and seeds."""
 
-    def __init__(
-        self, cfg: DictConfig, base: BaseModel, hardware: Hardware, songs: list[Song], crop_frames: int | None
-    ) -> None:
-        self.cfg, self.base, self.hardware, self.songs, self.crop_frames = cfg, base, hardware, songs, crop_frames
+    def __init__(self, cfg: DictConfig, base: BaseModel, hardware: Hardware, data: LatentDataModule) -> None:
+        songs = data.songs if cfg.songs == "all" else data.val_set.songs
+        self.which = "all of them" if cfg.songs == "all" else "held out" if data.seen else "none was held out"
+        self.cfg, self.base, self.hardware, self.songs, self.crop_frames = cfg, base, hardware, songs, data.crop_frames
         self.clap = Clap(cfg.clap, hardware.device) if cfg.clap else None
         self.wanted = sorted(
             (songs[i % len(songs)] for i in range(cfg.clips)), key=songs.index
@@ -237,7 +238,7 @@ class Judge:
 HEARD_AS = {"distance": "{:.0f}", "CLAP": "{:.3f}", "BPM": "{:.0%}", "key": "{:.0%}"}
 """Columns of what is heard; in lower case, attributes of a row."""
 MEASURES = {
-    "loss": "has the lowest loss on held-out songs,",
+    "loss": "has the lowest loss,",
     "distance": "sounds nearest to the songs, at a distance of",
     "clap": "sounds nearest to the songs to CLAP, at a distance of",
 }
@@ -288,7 +289,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     }
     shown = [Panel("loss saved by noise level, at the best strength", "t (1 is pure noise)", by_time)]
     for measure, title in {
-        "loss": "loss on held-out songs",
+        "loss": "loss",
         "distance": "distance from the songs",
         "clap": "CLAP distance",
     }.items():
@@ -316,7 +317,7 @@ def write(cfg: DictConfig, judge: Judge, rows: Sequence[Row]) -> list[Path]:
         }
         for n, i in enumerate(judge.kept)
     }
-    facts = {"songs": str(len(judge.songs)), "clips each": str(cfg.clips), "model": cfg.model.name}
+    facts = {"songs": f"{len(judge.songs)}, {judge.which}", "clips each": str(cfg.clips), "model": cfg.model.name}
     sections = [
         Section("In short", points=verdicts(rows)),
         Section("By strength", NOTE, figures={"curves by strength": picture}, table=table(rows)),
@@ -331,7 +332,7 @@ def write(cfg: DictConfig, judge: Judge, rows: Sequence[Row]) -> list[Path]:
 
 
 NOTE = (
-    "Loss: on held-out songs, always with the same noise; ± is its standard error against the base model. Distance: "
+    "Loss: always with the same noise; ± is its standard error against the base model. Distance: "
     "Fréchet distance of log-mel statistics between clips and songs. BPM, key: clips that kept what was asked for."
 )
 
@@ -355,7 +356,7 @@ def evaluate(cfg: DictConfig) -> tuple[Judge, list[Row]]:
     )
     data.encode(**hardware.trainer_options())
     data.setup("validate")
-    judge = Judge(cfg, base, hardware, data.val_set.songs if cfg.songs == "held_out" else data.songs, data.crop_frames)
+    judge = Judge(cfg, base, hardware, data)
     rows = [row for name, path in named.items() for row in judge.rows(name, path)]
     return judge, rows
 

@@ -260,34 +260,40 @@ class FlowModule(L.LightningModule):
     # ------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
-        # [adapted, base or drift; level; sum or items]
-        self._sums = torch.zeros(3, len(VAL_TIMESTEPS), 2, device=self.device)
+        # [adapted, base or drift; held out or trained on; level; sum or items]
+        self._sums = torch.zeros(3, 2, len(VAL_TIMESTEPS), 2, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._add(0, batch, self.losses(batch))
         if self.base_losses is None and self.adapter.config is not None:
             with adapters.disabled(self.dit):
                 self._add(1, batch, self.losses(batch))
-        if batch.prior is not None:
+        if batch.prior is not None and int(batch.level.min()) < len(VAL_TIMESTEPS):  # of held-out songs
             self._add(2, batch, self.drift(batch))
 
     def _add(self, which: int, batch: Batch, losses: Tensor) -> None:
-        self._sums[which, :, 0].index_add_(0, batch.level, losses * batch.weight)
-        self._sums[which, :, 1].index_add_(0, batch.level, batch.weight)
+        sums, items = self._sums[which].view(-1, 2).unbind(1)
+        sums.index_add_(0, batch.level, losses * batch.weight)
+        items.index_add_(0, batch.level, batch.weight)
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         if self.trainer.sanity_checking:
             return
-        means = sums[..., 0] / sums[..., 1]
-        self.log("val/loss", means[0].mean(), prog_bar=True)
+        (losses, seen), base, (drift, _) = sums[..., 0] / sums[..., 1]
+        self.log("val/loss", losses.mean(), prog_bar=True)
         if self.adapter.config is not None:
-            self.base_losses = means[1].cpu() if self.base_losses is None else self.base_losses
-            self.log("val/base_loss", self.base_losses.mean())
-            self.log_dict({f"val/base_loss_t={t}": x for t, x in zip(VAL_TIMESTEPS, self.base_losses, strict=True)})
-        if means[2].isfinite().all():
-            self.log("val/prior_loss", means[2].mean())
-        self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, means[0], strict=True)})
+            self.base_losses = base.cpu() if self.base_losses is None else self.base_losses
+            base, seen_base = self.base_losses
+            self.log("val/base_loss", base.mean())
+            self.log_dict({f"val/base_loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, base, strict=True)})
+            if seen_base.isfinite().all():
+                self.log("train/grid_base_loss", seen_base.mean())
+        if seen.isfinite().all():
+            self.log("train/grid_loss", seen.mean())
+        if drift.isfinite().all():
+            self.log("val/prior_loss", drift.mean())
+        self.log_dict({f"val/loss_t={t}": loss for t, loss in zip(VAL_TIMESTEPS, losses, strict=True)})
 
     # ------------------------------------------------------------ results
 

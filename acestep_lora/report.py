@@ -58,7 +58,9 @@ class Record:
             base=self.last("val/base_loss"),
             last=known["loss"],
             base_last=known["base_loss"],
-            held_out=self.progress.get("held_out", 0),
+            held_out=self.progress.get("held_out"),
+            seen=list(zip(*self.curve("train/grid_loss"), strict=True)),
+            seen_base=self.last("train/grid_base_loss"),
         )
 
 
@@ -131,7 +133,9 @@ def facts(record: Record) -> dict[str, str]:
         )
     if curves.val and curves.base is not None:
         step, best = curves.best
-        shown["best on held-out songs"] = f"{best:.4f} at step {step}"
+        shown["best on training songs" if curves.held_out == 0 else "best on held-out songs"] = (
+            f"{best:.4f} at step {step}"
+        )
         shown["against the base model"] = f"{best / curves.base - 1:+.1%}"
         shown["use"] = "adapter_best/" if best < curves.val[-1][1] else "adapter/"
     return shown
@@ -141,6 +145,7 @@ def panels(record: Record) -> list[Panel]:
     steps, train = record.curve("train/loss")
     val, base = record.curve("val/loss"), record.last("val/base_loss")
     loss = {"each step": (steps, train), "training": (steps, smooth(train)), "held out": val}
+    loss["trained on, measured alike"] = record.curve("train/grid_loss")
     if base is not None:
         loss["base model"] = ([0, max([1, *steps, *val[0]])], [base, base])
     marks = {"best": record.curves.best[0]} if record.curves.val else {}

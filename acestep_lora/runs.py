@@ -261,12 +261,16 @@ def finished(cfg: DictConfig, run: Run, length: Length) -> bool:
         return False
     if 0 <= length.max_steps <= run.step or 0 <= length.max_epochs <= run.epochs:
         return True
-    early = early_stop(cfg)
+    early, timer = early_stop(cfg), time_limit(cfg)
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
-    if early is None or early.state_key not in state:
-        return False
-    early.load_state_dict(state[early.state_key])
-    return early.over
+    for each in (early, timer):
+        if each is not None and each.state_key in state:
+            each.load_state_dict(state[each.state_key])
+    return (early is not None and early.over) or (timer is not None and timer.time_remaining() <= 0)
+
+
+def time_limit(cfg: DictConfig) -> Timer | None:
+    return None if cfg.trainer.max_time is None else Timer(cfg.trainer.max_time)
 
 
 def early_stop(cfg: DictConfig) -> EarlyStop | None:
@@ -275,7 +279,7 @@ def early_stop(cfg: DictConfig) -> EarlyStop | None:
 
 
 def told_finished(run: Run) -> str:
-    longer = "trainer.max_epochs, trainer.max_steps or early_stopping.patience"
+    longer = "trainer.max_epochs, trainer.max_steps, trainer.max_time or early_stopping.patience"
     message = f"{run.folder} is finished; a larger {longer} extends it."
     if not (run.folder / "adapter").is_dir():
         message += f" Its adapter is {run.checkpoint.parent / 'adapter'}."
@@ -293,8 +297,8 @@ def callbacks(
 ) -> dict[str, Callback]:
     """By name, in the order in which Lightning calls them."""
     kept: dict[str, Callback] = {"progress": progress_bar(), "throughput": Throughput()}
-    if cfg.trainer.max_time is not None:
-        kept["timer"] = Timer(cfg.trainer.max_time)  # ours, because it must come before those that look at the result
+    if timer := time_limit(cfg):
+        kept["timer"] = timer  # ours, because it must come before those that look at the result
     kept["last"] = LastValidation()
     if cfg.ema.decay is not None:
         kept["ema"] = AdapterEMA(cfg.ema.decay)

@@ -18,7 +18,8 @@ class Curves:
     """Losses of a run, each with its step, in ascending order; base is the base model's on the held-out songs.
 
     last, base_last: the last validation by timestep and the base model's. held_out: how many songs val is measured on
-    that were not trained on.
+    that were not trained on, 0 where it is the training songs themselves, None where that is unknown. seen, seen_base:
+    as val and base, on as many songs that were trained on.
     """
 
     train: Sequence[tuple[int, float]]
@@ -26,23 +27,28 @@ class Curves:
     base: float | None
     last: dict[float, float] = field(default_factory=dict)
     base_last: dict[float, float] = field(default_factory=dict)
-    held_out: int = 0
+    held_out: int | None = None
+    seen: Sequence[tuple[int, float]] = ()
+    seen_base: float | None = None
 
     @property
     def best(self) -> tuple[int, float]:
         """Step and loss of the best validation."""
         return min(self.val, key=lambda point: point[1])
 
-    def fall(self) -> float:
-        """How far the training loss fell: from the first tenth of what was logged to the last, relative."""
-        losses = [loss for _, loss in self.train]
-        tenth = max(1, len(losses) // 10)
-        return 1 - fmean(losses[-tenth:]) / fmean(losses[:tenth])
+    @property
+    def worse_everywhere(self) -> bool:
+        """Whether since the best validation the songs that are trained on have become worse, too."""
+        if self.held_out == 0:
+            return True
+        seen = dict(self.seen)
+        known = self.seen_base is not None and self.best[0] in seen
+        return known and (self.seen[-1][1] - seen[self.best[0]]) / self.seen_base > LITTLE
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: unmeasured, diverged, nothing, memorising, learning or converged; what was seen; what to try next."""
+    """kind: unmeasured, diverged, nothing, unstable, memorising, learning or converged; what was seen; what to try."""
 
     kind: str
     seen: list[str]
@@ -70,14 +76,14 @@ def _kind(curves: Curves) -> str:
     if 1 - best / curves.base < LITTLE:
         return "nothing"
     if step < LATE * last_step and (last - best) / curves.base > LITTLE:
-        return "memorising"
+        return "unstable" if curves.worse_everywhere else "memorising"
     before = [loss for at, loss in curves.val if at <= LATE * last_step]
     still = step >= LATE * last_step and before and (min(before) - best) / curves.base > LITTLE
     return "learning" if still else "converged"
 
 
 def _nothing(curves: Curves) -> list[str]:
-    return [f"It is hardly better than the base model: {1 - curves.best[1] / curves.base:+.1%} on the held-out songs."]
+    return [f"It is hardly better than the base model: {1 - curves.best[1] / curves.base:.1%} under it at best."]
 
 
 def _memorising(curves: Curves) -> list[str]:
@@ -85,6 +91,15 @@ def _memorising(curves: Curves) -> list[str]:
     return [
         f"It was best at step {step}, {1 - best / curves.base:.1%} under the base model. Since then songs it has not "
         f"heard get worse again, by {(last - best) / curves.base:.1%}: it is learning its songs by heart.",
+        "Use adapter_best/.",
+    ]
+
+
+def _unstable(curves: Curves) -> list[str]:
+    step, best = curves.best
+    return [
+        f"It was best at step {step}, {1 - best / curves.base:.1%} under the base model. Since then the loss rises on "
+        "the songs it trains on, too: its steps are too large.",
         "Use adapter_best/.",
     ]
 
@@ -99,12 +114,19 @@ def _converged(curves: Curves) -> list[str]:
     return [f"It has learnt what it can with these settings, {1 - best / curves.base:.1%} under the base model; {use}."]
 
 
-_SEEN = {"nothing": _nothing, "memorising": _memorising, "learning": _learning, "converged": _converged}
+_SEEN = {
+    "nothing": _nothing,
+    "unstable": _unstable,
+    "memorising": _memorising,
+    "learning": _learning,
+    "converged": _converged,
+}
 _NEXT = {
     "nothing": [
         "Train longer (trainer.max_epochs), or with three times the optimizer.lr.",
         "Listen to the songs with their captions: does what is written describe what is heard?",
     ],
+    "unstable": ["Take a third of optimizer.lr, and start again."],
     "memorising": [
         "Stop earlier: early_stopping.patience=5 ends a run when nothing gets better.",
         "More songs, or more different ones, help most.",
@@ -120,12 +142,12 @@ _NEXT = {
 
 
 def _gap(curves: Curves) -> list[str]:
-    if len(curves.train) < 10:
+    if not curves.seen or curves.seen_base is None:
         return []
-    trained, held = curves.fall(), 1 - curves.val[-1][1] / curves.base
+    trained, held = 1 - curves.seen[-1][1] / curves.seen_base, 1 - curves.val[-1][1] / curves.base
     return [
-        f"The loss fell by {trained:.0%} on the songs it trains on (roughly: their noise varies) and by {held:.0%} on "
-        f"the others, a gap of {100 * (trained - held):.0f} points."
+        f"Measured alike, it is {trained:.0%} under the base model on songs it trains on and {held:.0%} on songs held "
+        f"out, a gap of {100 * (trained - held):.0f} points."
     ]
 
 
@@ -143,9 +165,9 @@ def _where(curves: Curves) -> list[str]:
 
 
 def _doubt(curves: Curves) -> list[str]:
-    if not curves.held_out:
+    if curves.held_out == 0:
         return ["No song was held out (five are needed), so the loss cannot tell learning from learning by heart."]
-    if curves.held_out < 3:
+    if curves.held_out in (1, 2):
         songs = "one song" if curves.held_out == 1 else "two songs"
         return [f"This is measured on {songs}: a hint. More songs, or dataset.val_fraction=0.2, make it surer."]
     return []

@@ -624,8 +624,12 @@ def grid(data: LatentDataModule, batch_size: int, rank: int = 0, world: int = 1)
 def test_validation_is_a_fixed_grid(make, folder):
     data = ready(make(dir=str(folder), crop_seconds=0.5, condition_dropout=1.0, genre_ratio=100, val_fraction=0.4))
     first = grid(data, batch_size=1)
-    ids = [song.track.id for song in data.val_set.songs]
-    assert first.keys() == {(id, t, level) for id in ids for level, t in enumerate(VAL_TIMESTEPS)}
+    held_out, seen = ([song.track.id for song in songs] for songs in (data.val_set.songs, data.seen))
+    trained, levels = [song.track.id for song in data.train_set.songs], len(VAL_TIMESTEPS)
+    assert len(seen) == len(held_out) == len(set(seen)) and set(seen) <= set(trained)
+    assert first.keys() == {
+        (id, t, level + levels * (id in seen)) for id in (*held_out, *seen) for level, t in enumerate(VAL_TIMESTEPS)
+    }
     for other in (grid(data, 1), grid(data, 3), grid(data, 2, 0, 2) | grid(data, 2, 1, 2)):
         assert other.keys() == first.keys() and all(torch.equal(first[key], other[key]) for key in first)
     noises = [values[12:] for values in first.values()]

@@ -64,3 +64,13 @@ def test_target_loss_ends_a_run(whole, run):
     assert second < first
     result, folder = run(*EPOCHS, *LOGGED, f"early_stopping.target_loss={(first + second) / 2}")
     assert checkpoint_folders(folder)[-1].name.endswith("step_000004") and result.metric == pytest.approx(second)
+
+
+def test_time_ends_a_run_in_good_order_and_is_counted_on(run):
+    limited = ("trainer.max_steps=100000", "trainer.max_time=00:00:00:04", "dataset.crop_seconds=1")
+    _, folder = run(*limited)
+    last = int(checkpoint_folders(folder)[-1].name[-6:])
+    assert 0 < last < 1000 and str(last - 1) in column(folder, "val/loss")
+    assert (folder / "adapter/adapter_model.safetensors").is_file()
+    result, _ = run(*limited, "resume=auto", folder=folder)
+    assert "is finished" in result.message and "trainer.max_time" in result.message

@@ -142,6 +142,7 @@ class LatentDataModule(L.LightningDataModule):
         self.bad: list[tuple[Path, str]] = list(self.scan.problems)
         self.remarks: dict[str, list[str]] = {}  # track id -> what was noticed while encoding
         self.songs: list[Song] | None = None
+        self.seen: list[Song] = []  # as many training songs as are held out, measured beside them
         self.made = 0  # songs that `encode` added to the cache
         self._reading = ExitStack()
 
@@ -266,6 +267,8 @@ class LatentDataModule(L.LightningDataModule):
             others,
         )
         self.val_set = ValSongs(val or train, self.seed, self.crop_frames, others)
+        by_lot = sorted(train, key=lambda song: digest(self.seed, "seen", song.track.id))
+        self.seen = by_lot[: len(val)]
         if self.trainer and self.batch_size > 1:
             log.info("%.1f %% of the frames in batches are padding", 100 * self._order().padding())
 
@@ -313,7 +316,9 @@ class LatentDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        longest_last = sorted(range(len(self.val_set.songs)), key=self.val_set.length)
-        draws = [Draw(i, 0, 0, level, 0) for i in longest_last for level in range(len(VAL_TIMESTEPS))]
+        held_out, levels = len(self.val_set.songs), len(VAL_TIMESTEPS)
+        grid = ValSongs([*self.val_set.songs, *self.seen], self.seed, self.crop_frames, self.val_set.prior)
+        longest_last = sorted(range(len(grid.songs)), key=lambda i: (i >= held_out, grid.length(i)))
+        draws = [Draw(i, 0, 0, level + levels * (i >= held_out), 0) for i in longest_last for level in range(levels)]
         batches = cut(draws, self.batch_size, world)[rank::world]
-        return DataLoader(self.val_set, batch_sampler=batches, **self._loader_options())
+        return DataLoader(grid, batch_sampler=batches, **self._loader_options())

@@ -29,8 +29,9 @@ class Batch:
     latents, noise [b, t, c]; t [b]; condition [b, l, d]; frames, weight [b]; dropped [b] bool (trained without
     condition); hints [b, t, c] with hinted [b] bool, or None; condition_mask [b, l] and frame_mask [b, t] bool, None
     when nothing is padded. `window` counts the items of the optimizer step this batch belongs to, over all ranks;
-    `key` seeds what the model itself draws (adapter dropout); `level` [b] indexes VAL_TIMESTEPS in validation;
-    `tracks` names the items. prior [b, p, d], prior_mask [b, p]: condition of another prompt for each item, or None.
+    `key` seeds what the model itself draws (adapter dropout); `level` [b] indexes VAL_TIMESTEPS in validation,
+    counted on for songs that are trained on; `tracks` names the items. prior [b, p, d], prior_mask [b, p]: condition of
+    another prompt for each item, or None.
     """
 
     latents: Tensor
@@ -216,13 +217,13 @@ class ValSongs(Songs):
     """The fixed grid: every song at every validation timestep, always with the same crop, sample and noise."""
 
     def __getitem__(self, draw: Draw) -> dict:
-        level = draw.slot
+        level = draw.slot % len(VAL_TIMESTEPS)
         names = ("val", level, self.songs[draw.track].track.id)
         return self._item(draw.track, names, "caption", hinted=False) | {
             "t": VAL_TIMESTEPS[level],
             "dropped": False,
             "weight": draw.weight,
-            "level": level,
+            "level": draw.slot,
             "window": 0,
             "key": 0,
         }
