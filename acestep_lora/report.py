@@ -27,7 +27,7 @@ OWN = {"output_dir", "resume", "overwrite", "name"}
 """Settings that say which run it is, not how it is trained."""
 MAIN = """model.name adapter.name adapter.r adapter.alpha adapter.mlp adapter.layers optimizer._target_ optimizer.lr
 scheduler.name timesteps._target_ dataset.crop_seconds dataset.batch_size trainer.accumulate_grad_batches
-dataset.condition_dropout ema.decay model.quantize seed""".split()
+dataset.condition_dropout preservation.weight ema.decay model.quantize seed""".split()
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,10 @@ def panels(record: Record) -> list[Panel]:
         "gradient norm": "train/grad_norm",
         "learning rate": "lr",
         "latent frames per second": "perf/frames_per_s",
+        "distance from the base model under other prompts": "val/prior_loss",
     }.items():
         shown.append(Panel(name, "step", {name: record.curve(metric)}))
-    return shown
+    return [panel for panel in shown if any(steps for steps, _ in panel.curves.values())]
 
 
 def listening(record: Record, page: Path) -> list[Section]:

@@ -107,7 +107,6 @@ def _newest(folder: Path) -> Run | None:
             continue
         for text in damaged:
             log.warning("%s; going on from %s instead", text, checkpoint)
-        log.info("resuming %s at step %d, after %d whole epochs", checkpoint, run.step, run.epochs)
         return run
     if damaged:
         raise UserError(f"{damaged[0]}, and so is every other checkpoint there: overwrite=true starts over.")
@@ -149,6 +148,8 @@ def occupied(run: Run) -> Iterator[None]:
     with locked(run.folder / LOCK, f"{run.folder} is in use by another training."), ExitStack() as stack:
         clear(run.folder, run.checkpoint is not None)
         stack.enter_context(_log_to(run.folder))
+        if run.checkpoint:
+            log.info("resuming %s at step %d, after %d whole epochs", run.checkpoint.parent, run.step, run.epochs)
         try:
             yield
         except OSError as error:

@@ -45,6 +45,7 @@ def test_a_resumed_run_is_as_patient(impatient, run, tmp_path):
         shutil.rmtree(folder)
     run(*EPOCHS, *LOGGED, *STOP, "resume=auto", folder=part)
     assert column(part, "val/loss") == column(impatient, "val/loss")
+    assert "at step 2, after 1 whole epochs" in (part / "train.log").read_text(encoding="utf-8")
     last = "adapter/adapter_model.safetensors"
     assert (part / last).read_bytes() == (impatient / last).read_bytes()
 
