@@ -161,6 +161,14 @@ def test_runs_are_laid_over_each_other(folder, run, configure, capsys, tmp_path)
     assert text.index(f"{min(best):.4f}") < text.index(f"{max(best):.4f}")
 
 
+def test_other_prompts_have_a_curve_where_they_are_measured(tmp_path):
+    row = {"step": 1.0, "train/loss": 1.0, "val/loss": 1.0}
+    for measured in ({}, {"val/prior_loss": 0.1}):
+        titles = [panel.title for panel in report.panels(report.Record(tmp_path, {}, [row | measured], {}))]
+        assert ("distance from the base model under other prompts" in titles) == bool(measured)
+        assert "gradient norm" not in titles  # nor is there a picture of nothing
+
+
 def test_one_run_is_reported_again(folder, configure, capsys):
     assert report.main(configure("report", f"runs={folder}")) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "report.html")
