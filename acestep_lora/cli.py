@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from acestep_lora import limits
 from acestep_lora.data.fields import line
 from acestep_lora.errors import UserError
 from acestep_lora.filenames import legal
@@ -180,6 +181,7 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
         register()  # a launcher may have sent this job to another process
         quiet()
         try:
+            limits.check(cfg)
             if "hardware" in cfg:
                 check_launcher(cfg)
             value = run(cfg)

@@ -1,5 +1,6 @@
 """The machine a job runs on: device, precision, memory, how many."""
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,8 @@ class Hardware:
         number = isinstance(self.recompute, int) and not isinstance(self.recompute, bool) and self.recompute >= 0
         if self.recompute not in ("none", "all", "auto") and not number:
             raise UserError(f"hardware.recompute={self.recompute} is not none, all, auto or a number of layers.")
+        if not re.fullmatch(r"auto|-1|[1-9]\d*|\[?\d+(, *\d+)*\]?", str(self.devices)):
+            raise UserError(f"hardware.devices={self.devices} is not auto, a number, or a list such as [0,1].")
         if self.attention not in attention.KINDS:
             raise UserError(f"hardware.attention={self.attention} is none of {', '.join(attention.KINDS)}.")
 

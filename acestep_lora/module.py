@@ -31,7 +31,7 @@ def check_optimizer(make: Callable[..., Optimizer]) -> None:
     """Raise UserError for options that an optimizer refuses, before there is anything to optimise."""
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"optimizer: {error}.") from None
 
 

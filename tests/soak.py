@@ -45,6 +45,7 @@ OPTIONS = [
 ]
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 WARM_UP = 3  # cycles in which libraries still load and allocators still grow
+PATIENCE = 600  # seconds for a step, a checkpoint and the way out, on a machine that does other things too
 GROWTH = 0.05  # of the resident memory, over the whole soak, that is still called flat
 
 
@@ -115,9 +116,9 @@ class Soak:
             if not sent and time.monotonic() > deadline:
                 process.send_signal(number)
                 sent = True
-            if time.monotonic() > deadline + 120:
+            if time.monotonic() > deadline + PATIENCE:
                 process.kill()
-                raise SystemExit(f"a training did not end within two minutes of {number.name}: see {folder}")
+                raise SystemExit(f"a training did not end within {PATIENCE} s of {number.name}: see {folder}")
             time.sleep(0.1)
         drain.join()
         text = said[0].decode(errors="replace")
@@ -202,6 +203,7 @@ def main() -> None:
     out.mkdir(parents=True)
     os.environ["XDG_CACHE_HOME"] = str(out / "home")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl+C
     cli.quiet()
     soak, cycles = Soak(out, options.seed), []
     with (out / "soak.jsonl").open("w", encoding="utf-8") as lines:

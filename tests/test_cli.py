@@ -12,8 +12,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 
-from acestep_lora import cli
+from acestep_lora import cli, limits
+from acestep_lora.errors import UserError
 
 HERE = Path(__file__).parent
 BAD = """zero_byte.flac zero_byte.mp3 zero_byte.wav head_only.flac head_only.mp3 head_only.opus header_only.wav
@@ -219,3 +221,38 @@ def test_sweep_goes_on_after_jobs_that_cannot_run(sweep, tmp_path):
     assert {row[:2] for row in rows[:2]} == {("2", "adapter.r=2"), ("3", "adapter.r=64")}
     assert 0 < float(rows[0][2]) < float(rows[1][2])
     assert done.stdout.splitlines()[-1] == f"best: {tmp_path / rows[0][0]}"
+
+
+def test_limits_speak_of_keys_that_there_are_and_the_defaults_keep_them(configure):
+    commands = [path.stem for path in cli.CONF.glob("*.yaml") if path.stem not in ("evaluate", "report", "sweep")]
+    known = [configure(command) for command in commands]
+    known.append(configure("evaluate", "adapter.path=x"))
+    for cfg in known:
+        limits.check(cfg)
+    for key in limits.WHOLE | limits.REAL:
+        assert any(key in OmegaConf.to_container(cfg) or OmegaConf.select(cfg, key.rpartition(".")[0]) for cfg in known)
+
+
+@pytest.mark.parametrize("key", sorted(limits.WHOLE | limits.REAL))
+@pytest.mark.parametrize("value", ["abc", "true", ".nan", "1e400", "[1]", "-1e9"])
+def test_what_is_no_number_is_told_by_its_key(key, value):
+    cfg = OmegaConf.create()
+    OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
+    if value == "-1e9" and (limits.WHOLE | limits.REAL)[key][0] < -1e9:
+        return limits.check(cfg)
+    with pytest.raises(UserError, match=f"^{re.escape(key)} must be a .*number.*, got"):
+        limits.check(cfg)
+
+
+@pytest.mark.parametrize("option", ["dataset.batch_size=1.5", "seed=-1"])
+def test_a_command_checks_its_numbers_first(option, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", option, f"output_dir={tmp_path / 'out'}"],
+        cwd=cli.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and re.fullmatch(
+        rf"error: {option.partition('=')[0]} must be .*, got .*", done.stderr.strip()
+    )
+    assert not (tmp_path / "out").exists()

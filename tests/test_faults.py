@@ -5,13 +5,15 @@ import logging
 import resource
 import shutil
 import subprocess
+import sys
 
 import lightning as L
 import pytest
 import torch
+from builders import write_songs
 from safetensors.torch import load_file
 
-from acestep_lora import runs
+from acestep_lora import cli, runs
 from acestep_lora.callbacks.checkpoints import checkpoint_folders
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import damage, seal
@@ -86,6 +88,19 @@ def test_small_and_read_only_file_systems(run, tmp_path, options):
             assert damage(path / "state.ckpt") is None
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_cache_without_room_is_told_by_its_folder(tmp_path):
+    """The spool of a song, not its entry, is what does not fit; no song is blamed."""
+    write_songs(tmp_path / "songs", 24_000, count=2)
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    limited += "sys.path.insert(0, ''); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = ["preprocess.py", f"dataset.dir={tmp_path / 'songs'}", "hardware=cpu", "hardware.num_workers=1"]
+    done = subprocess.run([sys.executable, "-c", limited, *command], cwd=cli.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: Cannot write to {tmp_path / 'songs/.acestep'} ([Errno 27] File too large)" in done.stderr
+    assert not [path for path in (tmp_path / "songs/.acestep").iterdir() if path.suffix in (".f32", ".tmp")]
+    assert not (tmp_path / "songs/.acestep/bad.json").exists()
 
 
 def test_a_sealed_folder_knows_its_files(tmp_path):

@@ -41,6 +41,27 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+ANNOTATE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
+from pathlib import Path
+from acestep_lora.annotate.annotator import Annotator, disagreements, unreviewed
+from acestep_lora.annotate.transcribers import Lrc
+from acestep_lora.data import lines
+from acestep_lora.data.track import scan
+folder = Path(sys.argv[1])
+Annotator().run([Lrc()], lambda: scan(folder))
+for track in scan(folder).tracks:
+    disagreements(track)
+    try:
+        lines.align(track.lyrics, lines.read_lines(track.path), 30.0)
+    except ValueError as error:
+        assert len(str(error)) < 1000
+unreviewed(scan(folder).tracks, "lyrics")
+"""
+
+
 class Harm:
     """As a pickle: makes a folder when it is loaded."""
 
@@ -276,3 +297,55 @@ def test_links_that_lead_in_circles_end(hostile):
     assert {"song_0.wav", "song_1.wav"} <= {track.path.name for track in found.tracks}
     [big] = [track for track in found.tracks if track.path.name == "song_0.wav"]
     assert any("larger than" in problem for problem in big.problems) and big.caption == "fine"
+
+
+# ---------------------------------------------------------------- files that take for ever
+
+
+def far_too_many_lines(song: Path) -> None:
+    song.with_suffix(".lrc").write_text("".join(f"[00:{i % 60:02d}.00]b{i}\n" for i in range(60_000)))
+
+
+def one_line_that_is_sung_two_hundred_thousand_times(song: Path) -> None:
+    song.with_suffix(".lrc").write_text("[0:1]" * 200_000 + "a")
+
+
+def a_header_without_an_end(song: Path) -> None:
+    song.with_suffix(".lrc").write_text("[la:" * 50_000 + " " * 500_000)
+
+
+def a_device(song: Path) -> None:
+    song.with_suffix(".json").symlink_to("/dev/zero")
+
+
+def a_pipe(song: Path) -> None:
+    os.mkfifo(song.with_suffix(".json"))
+
+
+def a_folder(song: Path) -> None:
+    song.with_suffix(".json").mkdir()
+
+
+def a_sidecar_of_4_gb(song: Path) -> None:
+    for suffix in (".json", ".lyrics.json"):
+        with song.with_suffix(suffix).open("wb") as file:
+            file.truncate(4 << 30)
+
+
+ENDLESS = [far_too_many_lines, one_line_that_is_sung_two_hundred_thousand_times, a_header_without_an_end]
+ENDLESS += [a_device, a_pipe, a_folder, a_sidecar_of_4_gb]
+
+
+def test_annotating_beside_endless_files_ends(tmp_path):
+    """In a process of its own, with 2 GB of memory and two minutes of the processor."""
+    [good] = write_songs(tmp_path, 8000, count=1)
+    for make in ENDLESS:
+        song = shutil.copy(good, tmp_path / f"{make.__name__}.wav")
+        song.with_suffix(".lyrics.txt").write_text("a\n" * 20_000)
+        make(song)
+    good.with_suffix(".lrc").write_text("[00:00.10]la\n[00:00.50]lo\n")
+    done = subprocess.run(
+        [sys.executable, "-c", ANNOTATE, str(tmp_path)], cwd=cli.ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert good.with_suffix(".lyrics.json").is_file()

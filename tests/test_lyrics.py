@@ -112,6 +112,12 @@ def test_breaking_loses_no_word_and_keeps_the_order(text, start, length):
     assert times == sorted(times)
 
 
+@pytest.mark.parametrize("row", ["[00:01.00]I <3 you -->", "[00:01.00]>", "[offset:-" + "9" * 400 + "]\n[00:01.00]a"])
+def test_odd_rows_of_an_lrc_are_rows(row):
+    [line], _ = lyrics.parse_lrc(row)
+    assert (line.start, line.end) == (1.0, None)
+
+
 # ---------------------------------------------------------------- times for given lyrics
 
 

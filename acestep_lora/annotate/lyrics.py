@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 from acestep_lora.annotate.provider import Line
+from acestep_lora.errors import UserError
 
 PAUSE = 0.8  # seconds of silence that end a line
 LINE_WIDTH = 18  # from here on a comma ends a line; Han and kana count double
+MOST = 5000  # timed lines, and words or lines that are compared
 SECTIONS = (
     "intro verse pre-chorus chorus post-chorus refrain hook bridge interlude instrumental solo guitar-solo break "
     "build drop rap spoken outro"
@@ -21,7 +23,8 @@ SECTIONS = (
 
 _STAMP = re.compile(r"\[(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)\]")
 _WORD_STAMP = re.compile(r"<(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)>")
-_HEADER = re.compile(r"\[(offset|la)\s*:\s*([^\]]*)\]", re.IGNORECASE)
+_CLOSING = re.compile(_WORD_STAMP.pattern + "$")
+_HEADER = re.compile(r"\s*\[(offset|la)\s*:([^\]]*)\]\s*", re.IGNORECASE)
 _TAG = re.compile(r"\s*[\[［【][^\]］】]*[\]］】]\s*")
 _SENTENCE_END, _COMMA, _DROPPED = tuple(".!?。！？…"), tuple(",;:，、；："), " ,.;:，。、；：\n"
 _PUNCTUATION = r".!?。！？…,;:，、；："
@@ -41,21 +44,27 @@ def parse_lrc(text: str) -> tuple[tuple[Line, ...], str | None]:
 
     A line with several stamps is sung several times. Each ends where a later one begins, an empty one included, or
     at its closing `<mm:ss.xx>`; a tag ends where it starts. A positive `[offset:ms]` makes all earlier.
+    Raises UserError for more than MOST.
     """
-    headers = {name.lower(): value.strip() for name, value in _HEADER.findall(text)}
-    offset = float(headers["offset"]) / 1000 if re.fullmatch(r"[+-]?\d+", headers.get("offset", "")) else 0.0
+    found = filter(None, map(_HEADER.fullmatch, text.splitlines()))
+    headers = {header[1].lower(): header[2].strip() for header in found}
+    offset = float(headers["offset"]) / 1000 if re.fullmatch(r"[+-]?\d{1,9}", headers.get("offset", "")) else 0.0
     stamped = []
     for row in text.splitlines():
         if stamps := _STAMP.findall(row):
             words = _STAMP.sub("", row).strip()
-            end = _seconds(*_WORD_STAMP.findall(words)[-1]) - offset if words.endswith(">") else None
+            closing = _CLOSING.search(words)
+            end = _seconds(*closing.groups()) - offset if closing else None
             plain = " ".join(_WORD_STAMP.sub("", words).split())
             stamped += [(max(0.0, round(_seconds(*stamp) - offset, 3)), end, plain) for stamp in stamps]
+        if len(stamped) > MOST:
+            raise UserError(f"there are more than {MOST} timed lines: are these the song's lyrics?")
     stamped.sort(key=lambda line: line[0])
+    starts = list(dict.fromkeys(start for start, _, _ in stamped))
+    followers = dict(zip(starts, [*starts[1:], None], strict=False))
     lines = []
-    for i, (start, end, words) in enumerate(stamped):
-        follower = next((later for later, _, _ in stamped[i:] if later > start), None)
-        end = end if end is not None and end > start else start if _TAG.fullmatch(words) else follower
+    for start, end, words in stamped:
+        end = end if end is not None and end > start else start if _TAG.fullmatch(words) else followers[start]
         lines += [Line(start, end, words)] if words else []
     return tuple(lines), headers.get("la") or None
 
@@ -80,9 +89,19 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", plain(text)).lower().replace("’", "'"))
 
 
+def matcher(ours: Sequence[str], theirs: Sequence[str]) -> SequenceMatcher:
+    """What two texts share in the same order, of words or of lines; in long ones what is frequent is no anchor.
+
+    Raises UserError for more than MOST, which may take hours to compare.
+    """
+    if (most := max(len(ours), len(theirs))) > MOST:
+        raise UserError(f"there are {most} words or lines to compare, more than {MOST}: are these the song's lyrics?")
+    return SequenceMatcher(None, ours, theirs, autojunk=most > MOST // 5)
+
+
 def overlap(given: str, heard: str) -> float:
-    """Share of words that two texts have in the same order, [0, 1]: 2 * common / (both lengths)."""
-    return SequenceMatcher(None, words(given), words(heard), autojunk=False).ratio()
+    """Share of words that two texts have in the same order, [0, 1]: 2 * common / (both lengths), of the first MOST."""
+    return matcher(words(given)[:MOST], words(heard)[:MOST]).ratio()
 
 
 def units(text: str, spoken: Iterable[Line]) -> list[Line]:
@@ -139,11 +158,11 @@ def align(given: str, heard: Sequence[Line], least: float = 0.5) -> tuple[Line, 
     rows = plain(given).splitlines()
     ours = [(word, row) for row, text in enumerate(rows) for word in words(text)]
     theirs = [(word, moment) for line in heard for word, moment in _moments(line)]
-    matcher = SequenceMatcher(None, [word for word, _ in ours], [word for word, _ in theirs], autojunk=False)
-    if not heard or matcher.ratio() < least:
+    shared = matcher([word for word, _ in ours], [word for word, _ in theirs])
+    if not heard or shared.ratio() < least:
         return ()
     times: dict[int, list[float]] = {}
-    for start, other, size in matcher.get_matching_blocks():
+    for start, other, size in shared.get_matching_blocks():
         for i in range(size):
             times.setdefault(ours[start + i][1], []).extend(theirs[other + i][1])
     spans = [(min(times[row]), max(times[row])) if row in times else None for row in range(len(rows))]

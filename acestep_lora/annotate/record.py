@@ -13,6 +13,7 @@ of its content: nothing that was ever there is lost, and equal contents are kept
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from acestep_lora.annotate.provider import Line
 from acestep_lora.data import sidecars
 from acestep_lora.errors import UserError
 from acestep_lora.filenames import own
-from acestep_lora.hashes import write_atomic
+from acestep_lora.hashes import replacing, write_atomic
 
 BACKUP = Path(".acestep/backup")
 _OBJECTS = ("provenance", "checks")
@@ -80,11 +81,8 @@ def read(song: Path) -> Record:
     """Raises UserError for a JSON that cannot be read, because writing would lose what is in it."""
     path = beside(song, ".json")
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return Record(path, {}, None)
-    try:
-        data = sidecars.parse_json(sidecars.read_text(path)[0])
+        raw = sidecars.read_bytes(path)
+        data = sidecars.parse_json(sidecars.decode(raw)[0])
         if not isinstance(data, dict):
             raise ValueError("is not an object")
         reviewed = data.get("reviewed") or []
@@ -95,7 +93,9 @@ def read(song: Path) -> Record:
         for entries in (data.get(name) or {} for name in _OBJECTS):
             if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
                 raise ValueError("has provenance or checks that are no object of objects")
-    except ValueError as error:
+    except FileNotFoundError:
+        return Record(path, {}, None)
+    except (ValueError, OSError) as error:
         raise UserError(f"{str(path)!r} {error}: mend it or move it away, nothing is written into it.") from error
     return Record(path, data, hashlib.sha256(raw).hexdigest())
 
@@ -198,10 +198,16 @@ def backup(folder: Path) -> Path:
 def replace(path: Path, content: bytes) -> None:
     """Write a sidecar whole or not at all, and keep what it was."""
     if path.is_file():
-        old = path.read_bytes()
-        if old == content:
+        if path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-        name = f"{path.stem}.{hashlib.sha256(old).hexdigest()[:12]}{path.suffix}"
-        if not (copy := backup(path.parent) / name).exists():
-            write_atomic(copy, old)
+        keep(path)
     write_atomic(path, content)
+
+
+def keep(path: Path) -> None:
+    """Copy a file that is about to change to its folder's backup, of whatever size it is."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not (copy := backup(path.parent) / f"{path.stem}.{digest[:12]}{path.suffix}").exists():
+        with replacing(copy) as temporary:
+            shutil.copyfile(path, temporary)

@@ -37,6 +37,10 @@ class CacheError(UserError):
     """A cache entry or an upstream tensor file that cannot be used."""
 
 
+def cannot_write(folder: Path, error: OSError) -> CacheError:
+    return CacheError(f"Cannot write to {folder} ({error}): choose dataset.cache_dir=..., or make room there.")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One cached song. Tensors are read from disk when asked for, and only the bytes asked for, or kept in memory."""
@@ -138,7 +142,7 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise self._refused(error) from None
+            raise cannot_write(self.folder, error) from None
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -164,9 +168,6 @@ class Cache:
             yield
         with suppress(OSError):
             path.unlink(missing_ok=True)
-
-    def _refused(self, error: Exception) -> CacheError:
-        return CacheError(f"Cannot write to {self.folder} ({error}): choose dataset.cache_dir=...")
 
     def find(self, track: Track, audio: str, text: str) -> Entry | None:
         """The complete entry, if both keys match."""
@@ -198,7 +199,7 @@ class Cache:
         try:
             write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
         except OSError as error:
-            raise self._refused(error) from None
+            raise cannot_write(self.folder, error) from None
         if self._lenders is not None:
             self._lenders.setdefault(header["audio_key"][:_KEY], []).append(path)
         return Entry(path, header, frozenset(tensors))

@@ -147,11 +147,11 @@ class LatentDataModule(L.LightningDataModule):
         self._reading = ExitStack()
 
     def _cache_folder(self, cache_dir: str | None) -> Path:
-        if cache_dir:
-            return Path(cache_dir).expanduser()
         source = self.json or self.tensors or self.dir
         if source is None:
             raise DatasetError("There is no dataset: give dataset.dir=FOLDER (or dataset.json=FILE).")
+        if cache_dir:
+            return Path(cache_dir).expanduser()
         if not isinstance(source, str):
             first = source[0]
             source = first if isinstance(first, str) else first["dir"]

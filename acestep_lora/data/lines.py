@@ -1,13 +1,12 @@
 """When each line of a song is sung, and what is sung in a part of it."""
 
-import difflib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from acestep_lora.annotate import record
-from acestep_lora.annotate.lyrics import parse_lrc, plain
+from acestep_lora.annotate.lyrics import matcher, parse_lrc, plain
 from acestep_lora.annotate.provider import Line
 from acestep_lora.data import sidecars
 from acestep_lora.data.fields import INSTRUMENTAL
@@ -45,7 +44,7 @@ def align(lyrics: str, lines: Sequence[Line], duration: float) -> list[Sung]:
 
     Line by line: an edited line keeps its time; lines that have none share the time of those they replace, or lie
     between their neighbours; a line that `lines` have more often than the lyrics is sung that often. A line without
-    an end lasts until the next. duration: of the song, in seconds.
+    an end lasts until the next. duration: of the song, in seconds. Raises UserError for far too many lines.
     """
     timed = sorted((line for line in lines if plain(line.text) and line.start < duration), key=lambda line: line.start)
     rows = _rows(lyrics)
@@ -56,7 +55,7 @@ def align(lyrics: str, lines: Sequence[Line], duration: float) -> list[Sung]:
     spans = [(line.start, min(duration, max(line.start, end))) for line, end in zip(timed, ends, strict=True)]
     old, new = [_letters(line.text) for line in timed], [_letters(text) for text, *_ in rows]
     found = []
-    for change, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    for change, a, b, c, d in matcher(old, new).get_opcodes():
         if change == "delete":
             found += [(spans[i], rows[new.index(old[i])]) for i in range(a, b) if old[i] in new]
         elif b - a == d - c:

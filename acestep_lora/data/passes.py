@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acestep_lora import basemodel
 from acestep_lora.data.audio import AudioError, Spool, spool
-from acestep_lora.data.cache import header_of
+from acestep_lora.data.cache import CacheError, cannot_write, header_of
 from acestep_lora.data.oobleck import encode_windows, load_encoder
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class AheadLoader(DataLoader):
     """Decodes the next song of a SpoolDataset in a thread while this one is used."""
 
-    def __iter__(self) -> Iterator[tuple[int, Spool | str]]:
+    def __iter__(self) -> Iterator[tuple[int, Spool | str | CacheError]]:
         songs, end = super().__iter__(), (-1, "")
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, songs, end)
@@ -49,11 +49,13 @@ class SpoolDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[int, Spool | str]:
+    def __getitem__(self, i: int) -> tuple[int, Spool | str | CacheError]:
         try:
             return i, spool(self.paths[i], self.rate, self.folder, **self.settings)
         except AudioError as error:
             return i, str(error)
+        except OSError as error:  # no fault of the song's; raised from a worker it would be several lines
+            return i, cannot_write(self.folder, error)
 
 
 class VAEPass(L.LightningModule):
@@ -72,8 +74,10 @@ class VAEPass(L.LightningModule):
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         return batch  # a spool is a file: its windows go to the device one by one
 
-    def predict_step(self, item: tuple[int, Spool | str]) -> int:
+    def predict_step(self, item: tuple[int, Spool | str | CacheError]) -> int:
         i, audio = item
+        if isinstance(audio, CacheError):
+            raise audio
         job, cache = self.jobs[i], self.encoder.cache
         if isinstance(audio, str):
             job.problem = audio

@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from acestep_lora.data.cache import text_key
+from acestep_lora.data.cache import cannot_write, text_key
 from acestep_lora.data.encode import Encoder, Job, stage
+from acestep_lora.data.sidecars import read_text
 from acestep_lora.data.track import Track
 from acestep_lora.errors import UserError
 from acestep_lora.hashes import write_atomic
@@ -23,8 +24,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
     found = prompts
     if isinstance(prompts, str):
         try:
-            found = Path(prompts.removeprefix("@")).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            found = read_text(Path(prompts.removeprefix("@")).expanduser())[0].splitlines()
+        except (OSError, ValueError) as error:
             raise UserError(f"preservation.prompts={prompts} cannot be read: {error}.") from None
     found = [text.strip() for text in found or () if text.strip()]
     if not found:
@@ -55,5 +56,8 @@ def encode(encoder: Encoder, prompts: Sequence[str]) -> list[Tensor]:
 
     stage("text and condition encoders, other prompts", lambda: TextPass.load(encoder, []), run)
     encoder.cache.create()
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in states.items()}))
+    try:
+        write_atomic(path, save({name: tensor.contiguous() for name, tensor in states.items()}))
+    except OSError as error:
+        raise cannot_write(encoder.cache.folder, error) from None
     return list(states.values())

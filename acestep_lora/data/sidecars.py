@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,15 +89,27 @@ class Claim(NamedTuple):
     kind: str
 
 
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A file's content. Raises ValueError if that is over `limit` bytes, or would never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a regular file, not read")
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"larger than {limit >> 20} MB, not read: is it the right file?")
+    return raw
+
+
 def read_text(path: Path, limit: int = MAX_BYTES) -> tuple[str, list[str]]:
     """A text file and, when its encoding had to be guessed, a remark on that.
 
     Raises ValueError if the file is over `limit` bytes or not text.
     """
-    with path.open("rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise ValueError(f"larger than {limit >> 20} MB, not read: is it the right file?")
+    return decode(read_bytes(path, limit))
+
+
+def decode(raw: bytes) -> tuple[str, list[str]]:
+    """What `read_text` makes of a file's bytes."""
     remarks = []
     try:
         text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")

@@ -4,7 +4,6 @@ A form carries the version of the files it was read from, so several windows can
 kept as a draft; `record` writes what is saved, as a person's word, which beats every other source at the next scan.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from acestep_lora.conditioning import TEXT2MUSIC, Conditioning
 from acestep_lora.data import fields, sidecars
 from acestep_lora.data.track import AUDIO_SUFFIXES, Scan, Track, scan, settle, write_dataset_json
 from acestep_lora.errors import UserError
-from acestep_lora.hashes import digest, write_atomic
+from acestep_lora.hashes import digest
 
 HEAD = ("song", "state", "remarks")
 
@@ -260,9 +259,7 @@ class Review:
             raise UserError(f"there are unsaved edits of {', '.join(sorted(self.drafts))}: save or discard them first.")
         self.rescan()
         if self.output.is_file():
-            old = self.output.read_bytes()
-            name = f"{self.output.stem}.{hashlib.sha256(old).hexdigest()[:12]}.json"
-            write_atomic(record.backup(self.output.parent) / name, old)
+            record.keep(self.output)
         tracks = settings.settle(self.scan).tracks
         write_dataset_json(tracks, self.output, name=self.output.parent.name, genre_ratio=settings.genre_ratio)
         return self.output
