@@ -65,10 +65,11 @@ TOLD = (UserError, HydraException, OmegaConfBaseException)
 
 
 def register() -> None:
-    """Make `${project:...}`, `${filename:...}` and the schemas known: a schema lists the top-level keys, to tell a
-    misspelt one."""
+    """Make `${project:...}`, `${filename:...}`, `${product:...}` and the schemas known: a schema lists the top-level
+    keys, to tell a misspelt one."""
     OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("filename", lambda text: legal(str(text)), replace=True)
+    OmegaConf.register_new_resolver("product", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
     store = ConfigStore.instance()
     for command, keys in _TOP_LEVEL.items():

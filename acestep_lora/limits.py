@@ -40,7 +40,7 @@ WHOLE = {
     "top_k": _FROM_1,
     "rank_step": _FROM_1,
     "rank_max": _FROM_1,
-    "port": (1, 65535),
+    "port": (0, 65535),
 }
 REAL = {
     "dataset.crop_seconds": _POSITIVE,

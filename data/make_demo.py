@@ -10,7 +10,7 @@ tempo, key and metre are exact. The music is the same at every run; of the files
 import argparse
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,34 +137,50 @@ RHYTHMS = {"3/4": ("2 2 2", "4 2", "2 4", "3 1 2"), "4/4": ("2 2 2 2", "3 1 4", 
 PROGRESSIONS = {"major": ("1|6|4|5", "1|4|5|1", "1|3|4|1", "1|6|2|5"), "minor": ("1|4|5+|1", "1|6|4|5+", "1|6|4|1")}
 TEMPI = {"3/4": (72, 150), "4/4": (92, 120), "6/8": (68, 84)}
 MOODS = ("calm", "hopeful", "wistful", "pensive", "playful", "peaceful", "cosy", "dark")
+INTROS = 1
 SYLLABLES = ("la", "no", "me", "du", "si")
+
+
+def pick(rng: np.random.Generator, choices):
+    return choices[int(rng.integers(len(choices)))]
+
+
+def tune(rng: np.random.Generator, metre: str, bars: int) -> list[str]:
+    """A melody that walks about, a text for each bar."""
+    degree, written = int(rng.integers(1, 6)), []
+    for _ in range(bars):
+        notes = []
+        for length in pick(rng, RHYTHMS[metre]).split():
+            degree = int(np.clip(degree + pick(rng, (-2, -1, -1, 0, 1, 1, 2)), 1, 8))
+            notes.append(f"{degree}:{length}")
+        written.append(" ".join(notes))
+    return written
+
+
+def with_intro(song: Song, seed: int) -> Song:
+    """The song's chords played INTROS times to drawn melodies, then the song."""
+    rng, chords = np.random.default_rng([seed, 8]), song.chords.split("|")[:-1]
+    intro = [bar for _ in range(INTROS) for bar in tune(rng, song.metre, len(chords))]
+    return replace(
+        song, chords="|".join([*chords * INTROS, song.chords]), melody=" | ".join([*intro, song.melody])
+    )
 
 
 def another(seed: int, rate: int) -> Song:
     """A song as SONGS could have it, drawn from `seed`."""
     rng = np.random.default_rng([seed, 7])
-
-    def pick(choices):
-        return choices[int(rng.integers(len(choices)))]
-
-    metre, key = pick(tuple(EIGHTHS)), f"{pick(tuple(TONICS))} {pick(tuple(SCALES))}"
-    mood, chords = pick(MOODS), pick(PROGRESSIONS[key.split()[1]])
-    lead = pick(("box", "box", "voice", "voice", "pluck"))
-    degree, bars = int(rng.integers(1, 6)), []
-    for _ in chords.split("|"):
-        notes = []
-        for length in pick(RHYTHMS[metre]).split():
-            degree = int(np.clip(degree + pick((-2, -1, -1, 0, 1, 1, 2)), 1, 8))
-            notes.append(f"{degree}:{length}")
-        bars.append(" ".join(notes))
-    melody = " | ".join([*bars, f"1:{EIGHTHS[metre]}"])
-    words = " ".join(pick(SYLLABLES) for _ in melody.replace("|", " ").split()) if lead == "voice" else ""
+    metre, key = pick(rng, tuple(EIGHTHS)), f"{pick(rng, tuple(TONICS))} {pick(rng, tuple(SCALES))}"
+    mood, chords = pick(rng, MOODS), pick(rng, PROGRESSIONS[key.split()[1]])
+    lead = pick(rng, ("box", "box", "voice", "voice", "pluck"))
+    melody = " | ".join([*tune(rng, metre, chords.count("|") + 1), f"1:{EIGHTHS[metre]}"])
+    words = " ".join(pick(rng, SYLLABLES) for _ in melody.replace("|", " ").split()) if lead == "voice" else ""
     heard = {"box": "a music box melody", "pluck": "a plucked string melody", "voice": "a soft female vocal"}[lead]
-    return Song(
+    song = Song(
         f"{seed:05d}.flac", rate, int(rng.integers(*TEMPI[metre])), key, metre, f"{chords}|1", melody,
         f"A {mood} {GENRES[metre].replace(', ', ' ')} with {heard}, soft bass and shaker",
         lead="box" if lead == "voice" else lead, words=words, language="en" if words else "unknown",
     )  # fmt: skip
+    return with_intro(song, seed)
 
 
 # ---------------------------------------------------------------- instruments: frequency in Hz, seconds, rate -> [n]
@@ -183,7 +199,7 @@ def kalimba(frequency: float, seconds: float, rate: int) -> np.ndarray:
 
 
 def box(frequency: float, seconds: float, rate: int) -> np.ndarray:
-    return ring(2 * frequency, seconds + 1.2, rate, [(1, 0.8, 0.7), (2.01, 0.15, 0.3), (6.27, 0.2, 0.08)])
+    return ring(frequency, seconds + 1.2, rate, [(1, 0.8, 0.7), (2.01, 0.15, 0.3), (6.27, 0.2, 0.08)])
 
 
 def pluck(frequency: float, seconds: float, rate: int) -> np.ndarray:
@@ -193,7 +209,7 @@ def pluck(frequency: float, seconds: float, rate: int) -> np.ndarray:
 
 
 def bass(frequency: float, seconds: float, rate: int) -> np.ndarray:
-    return ring(frequency, seconds + 0.1, rate, [(1, 1, 0.8), (2, 0.5, 0.5), (3, 0.25, 0.3), (4, 0.1, 0.2)])
+    return ring(frequency, seconds + 0.1, rate, [(1, 1, 0.8), (2, 0.3, 0.4), (3, 0.1, 0.2)])
 
 
 def voice(frequency: float, seconds: float, rate: int, vowel: str, breath: np.ndarray) -> np.ndarray:
@@ -286,26 +302,27 @@ def accompany(song: Song, mix: Mix) -> None:
         first, tones, final = number * song.bar, chord(song, name), number == len(bars) - 1
         for eighth in BASS[song.metre][: 1 if final else None]:
             length = (song.bar - eighth if final else song.bar / len(BASS[song.metre])) * song.eighth
-            mix.play(bass(tones[0] / 4, length, song.rate), first + eighth, 0.42, 0)
+            mix.play(bass(tones[0] / 4, length, song.rate), first + eighth, 0.25, 0)
         for eighth, steps in enumerate(FIGURES[song.metre]):
             strength = 1.0 if eighth == 0 else 0.7 if eighth % BEATS[song.metre] == 0 else 0.4
             for step in map(int, steps):
                 touch = 0.15 + 0.15 * strength
-                mix.play(kalimba(tones[step], song.eighth, song.rate), first + eighth, touch, 0.6 - 0.4 * step)
+                mix.play(kalimba(2 * tones[step], song.eighth, song.rate), first + eighth, touch, 0.6 - 0.4 * step)
             hiss = mix.rng.standard_normal(song.rate)
             mix.play(shaker(song.rate, hiss), first + eighth, 0.1 * strength, 0.7)
 
 
 def lead(song: Song, mix: Mix) -> None:
     melody = notes(song)
-    vowels = sung(song) if song.words else [None] * len(melody)
+    vowels = sung(song) if song.words else []
+    vowels = [None] * (len(melody) - len(vowels)) + vowels  # words come with the last notes
     for (start, frequency, length), vowel in zip(melody, vowels, strict=True):
         seconds = length * song.eighth
         if vowel:
             breath = mix.rng.standard_normal(int((seconds + 1) * song.rate))
             mix.play(voice(frequency, seconds, song.rate, vowel, breath), start, 0.45, 0)
         else:
-            mix.play({"box": box, "pluck": pluck}[song.lead](frequency, seconds, song.rate), start, 0.45, -0.4)
+            mix.play({"box": box, "pluck": pluck}[song.lead](2 * frequency, seconds, song.rate), start, 0.45, -0.4)
 
 
 # ---------------------------------------------------------------- files
@@ -318,7 +335,8 @@ def lyrics(song: Song) -> str:
 def lrc(song: Song) -> str:
     """Lyrics with the time at which each line starts."""
     counts = [len(line.replace("-", " ").split()) for line in song.words.split("/")]
-    starts = [notes(song)[sum(counts[:number])][0] * song.eighth for number in range(len(counts))]
+    first = len(notes(song)) - sum(counts)
+    starts = [notes(song)[first + sum(counts[:number])][0] * song.eighth for number in range(len(counts))]
     rows = [f"[{s // 60:02.0f}:{s % 60:05.2f}]{line}" for s, line in zip(starts, song.lines, strict=True)]
     return "\n".join([f"[ti:{song.title}]", "[00:00.00][Verse 1]", *rows])
 
@@ -380,7 +398,7 @@ def play(song: Song, seed: int) -> np.ndarray:
 def write_demo() -> None:
     DEMO.mkdir(exist_ok=True)
     truth = []
-    for number, song in enumerate(SONGS):
+    for number, song in enumerate(with_intro(song, number) for number, song in enumerate(SONGS)):
         audio = play(song, number)
         path = DEMO / song.file
         options = {"format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {}

@@ -73,6 +73,8 @@ def shown(value: object) -> str:
         return "a text"
     if isinstance(value, str) and (match := re.fullmatch(r"\$\{([\w.]+)\}", value)):
         return f"as `{match[1]}`"
+    if isinstance(value, str) and (match := re.fullmatch(r"\$\{product:\$\{([\w.]+)\},\$\{([\w.]+)\}\}", value)):
+        return f"`{match[1]}` x `{match[2]}`"
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or not value else value
     return f"`{cell(text)}`"
 

@@ -101,11 +101,17 @@ def test_every_key_is_an_argument_of_what_it_configures(composed):
 # ---------------------------------------------------------------- what the options build
 
 
+@pytest.mark.parametrize("model, rates", [("turbo", (1e-4, 1e-3)), ("nano", (1e-3, 1e-2))])
+def test_learning_rates_are_the_adapters_own_for_the_size_of_model(configure, model, rates):
+    found = [configure("train", f"model={model}", f"adapter={name}").optimizer.lr for name in ("lora", "lokr")]
+    assert found == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("name", options("optimizer"))
 def test_optimizers_build_and_step(option, name):
     weight = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = instantiate(option("optimizer", name))([weight])
-    expected = 1.0 if name == "prodigy" else 1e-4
+    expected = 1.0 if name == "prodigy" else 1e-3  # ten times an adapter's usual one: nano is small
     assert optimizer.param_groups[0]["lr"] == expected
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
     for _ in range(3):
