@@ -161,9 +161,7 @@ def with_intro(song: Song, seed: int) -> Song:
     """The song's chords played INTROS times to drawn melodies, then the song."""
     rng, chords = np.random.default_rng([seed, 8]), song.chords.split("|")[:-1]
     intro = [bar for _ in range(INTROS) for bar in tune(rng, song.metre, len(chords))]
-    return replace(
-        song, chords="|".join([*chords * INTROS, song.chords]), melody=" | ".join([*intro, song.melody])
-    )
+    return replace(song, chords="|".join([*chords * INTROS, song.chords]), melody=" | ".join([*intro, song.melody]))
 
 
 def another(seed: int, rate: int) -> Song:
