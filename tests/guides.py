@@ -114,5 +114,5 @@ def on_nano(name: str, arguments: list[str], home: Path) -> list[str]:
         if key not in ("model.path", "model.parts_path", "hardware"):
             words.append(f"{key}{equals}{value}")
     short = QUICK.get(name, QUICK["train"] if configured_by(name) == "train" else [])
-    at = words.index("--against") if "--against" in words else len(words)
+    at = next((words.index(word) for word in ("--against", "--cfg") if word in words), len(words))
     return words[:at] + short + words[at:]

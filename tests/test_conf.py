@@ -229,14 +229,14 @@ def test_models_bring_their_own_sampling(composed, name):
 
 
 def test_defaults_are_the_recommended_ones(configure):
-    cfg = configure("train")
+    cfg = configure("train", "model=turbo")
     assert (cfg.adapter.r, cfg.adapter.alpha, cfg.adapter.dropout, cfg.optimizer.lr) == (64, 128, 0.0, 1e-4)
     assert (cfg.dataset.batch_size, cfg.trainer.accumulate_grad_batches, cfg.seed) == (1, 4, 42)
     assert (cfg.scheduler.name, cfg.scheduler.warmup_steps, cfg.optimizer.weight_decay) == ("cosine", 100, 0.01)
 
 
 def test_learning_rate_follows_the_adapter_until_it_is_given(configure):
-    assert configure("train", "adapter=lokr").optimizer.lr == 1e-3
+    assert configure("train", "model=turbo", "adapter=lokr").optimizer.lr == 1e-3
     assert configure("train", "adapter=lokr", "optimizer.lr=5e-4").optimizer.lr == 5e-4
 
 

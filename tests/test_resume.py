@@ -250,7 +250,7 @@ def begun(run):
     ("adapter.r=4", "adapter.r was 8 and is 4"), ("adapter=lokr", "adapter.config._target_ was peft.LoraConfig and is"),
     ("adapter.attention=self", "adapter.attention was both and is self"), ("adapter.layers=0-1", "adapter.layers was"),
     ("optimizer=adafactor", "optimizer._target_ was torch.optim.AdamW and is"),
-    ("optimizer.lr=1e-5", "optimizer.lr was 0.0001 and is 1e-05"),
+    ("optimizer.lr=1e-5", "optimizer.lr was 0.001 and is 1e-05"),
     ("scheduler=linear", "scheduler.name was cosine and is linear"),
 ])  # fmt: skip
 def test_what_its_tensors_were_made_for_cannot_change(run, begun, tmp_path, option, told):
