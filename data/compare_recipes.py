@@ -1,8 +1,8 @@
-"""Training recipes on equal compute: python data/compare_recipes.py --held-out FOLDER --out FOLDER [--seeds 1 2 3]
+"""Training recipes on equal compute: python data/compare_recipes.py --held-out FOLDER --out FOLDER [--seeds 3]
 
 Every recipe trains nano on the demo songs, once for each seed, and is measured on other songs of their style (made by
-`make_demo.py --more 16 --out FOLDER`), under the conditions of inference, on fixed timesteps and noise. Prints the
-table of docs/recipes.md. Runs that are there already are not repeated. Further arguments are train.py's, for all.
+`make_demo.py --more 16 --out FOLDER`), under the conditions of inference, on fixed timesteps and noise. Prints a
+table in Markdown. Runs that are there already are not repeated. Further arguments are train.py's, for all.
 """
 
 import argparse
@@ -62,23 +62,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", default=list(RECIPES), help="names of recipes")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 1 on")
+    parser.add_argument("--only", action="append", choices=RECIPES, help="a recipe; may be given several times")
     options, overrides = parser.parse_known_args()
+    recipes = options.only or list(RECIPES)
     cli.register()
-    names = {f"{recipe}, {seed}": (recipe, seed) for recipe in options.only for seed in options.seeds}
+    jobs = [(recipe, seed) for recipe in recipes for seed in range(1, options.seeds + 1)]
     with initialize_config_dir(str(cli.CONF), version_base=None):
-        paths = [
-            trained((options.out / f"{i:02d}").resolve(), *name, overrides) for i, name in enumerate(names.values())
-        ]
+        paths = [trained((options.out / f"{i:02d}").resolve(), *job, overrides) for i, job in enumerate(jobs)]
         model = [text for text in overrides if text.startswith("model")]
         measured = [f"dataset.dir={options.held_out.resolve()}", "songs=all", "clips=0", "adapter.scale=1", *model]
         listed = ",".join(f"'{path}'" for path in paths)
         _, rows = evaluate.evaluate(compose("evaluate", [f"adapter.path=[{listed}]", *measured, "hardware=cpu"]))
     base, *found = rows
     print(f"| recipe | loss | against nano's {base.loss:.4f} | spread of seeds |\n|---|---|---|---|")
-    for recipe in options.only:
-        losses = [row.loss for row, (name, _) in zip(found, names.values(), strict=True) if name == recipe]
+    for recipe in recipes:
+        losses = [row.loss for row, (name, _) in zip(found, jobs, strict=True) if name == recipe]
         mean, spread = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else float("nan")
         print(f"| {recipe} | {mean:.4f} | {100 * (mean / base.loss - 1):+.1f} % | {spread:.4f} |")
 

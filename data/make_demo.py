@@ -137,7 +137,6 @@ RHYTHMS = {"3/4": ("2 2 2", "4 2", "2 4", "3 1 2"), "4/4": ("2 2 2 2", "3 1 4", 
 PROGRESSIONS = {"major": ("1|6|4|5", "1|4|5|1", "1|3|4|1", "1|6|2|5"), "minor": ("1|4|5+|1", "1|6|4|5+", "1|6|4|1")}
 TEMPI = {"3/4": (72, 150), "4/4": (92, 120), "6/8": (68, 84)}
 MOODS = ("calm", "hopeful", "wistful", "pensive", "playful", "peaceful", "cosy", "dark")
-INTROS = 1
 SYLLABLES = ("la", "no", "me", "du", "si")
 
 
@@ -158,10 +157,10 @@ def tune(rng: np.random.Generator, metre: str, bars: int) -> list[str]:
 
 
 def with_intro(song: Song, seed: int) -> Song:
-    """The song's chords played INTROS times to drawn melodies, then the song."""
-    rng, chords = np.random.default_rng([seed, 8]), song.chords.split("|")[:-1]
-    intro = [bar for _ in range(INTROS) for bar in tune(rng, song.metre, len(chords))]
-    return replace(song, chords="|".join([*chords * INTROS, song.chords]), melody=" | ".join([*intro, song.melody]))
+    """The song's chords, but for the last, under a drawn melody, then the song."""
+    chords = song.chords.split("|")[:-1]
+    intro = tune(np.random.default_rng([seed, 8]), song.metre, len(chords))
+    return replace(song, chords="|".join([*chords, song.chords]), melody=" | ".join([*intro, song.melody]))
 
 
 def another(seed: int, rate: int) -> Song:
@@ -396,7 +395,8 @@ def play(song: Song, seed: int) -> np.ndarray:
 def write_demo() -> None:
     DEMO.mkdir(exist_ok=True)
     truth = []
-    for number, song in enumerate(with_intro(song, number) for number, song in enumerate(SONGS)):
+    for number, short in enumerate(SONGS):
+        song = with_intro(short, number)
         audio = play(song, number)
         path = DEMO / song.file
         options = {"format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {}
