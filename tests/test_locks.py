@@ -1,7 +1,6 @@
 """Several processes at one dataset: they wait, or are refused, and what they make is what one would have made."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,14 +67,11 @@ def test_two_preprocessings_at_once_make_what_one_makes(tmp_path):
     assert not [path for path in cache.iterdir() if path.suffix in (".tmp", ".f32")]
 
 
-def test_other_words_and_pruning_during_a_training_do_not_touch_it(run, demo_cache, tmp_path, monkeypatch):
+def test_other_words_and_pruning_during_a_training_do_not_touch_it(run, tmp_path, monkeypatch):
     """It reads from the disk at every step (preload=false); a pruning is refused until it has ended."""
     cache, seen = tmp_path / "cache", []
-    options = ("trainer.max_steps=4", "dataset.preload=false")
+    options = ("trainer.max_steps=4", "dataset.preload=false", f"dataset.cache_dir={cache}")
     _, alone = run(*options)
-    shutil.copytree(demo_cache, cache)
-    for path in cache.glob("prior-*"):  # of other tests
-        path.unlink()
 
     class Meddle(L.Callback):
         def on_train_batch_start(self, trainer, *_) -> None:
@@ -85,7 +81,7 @@ def test_other_words_and_pruning_during_a_training_do_not_touch_it(run, demo_cac
 
     original = runs.callbacks
     monkeypatch.setattr(runs, "callbacks", lambda *args: original(*args) | {"meddle": Meddle()})
-    _, folder = run(*options, f"dataset.cache_dir={cache}")
+    _, folder = run(*options)
     assert seen[0][1] == 1 and f"error: {cache} is in use by a training" in seen[0][0]
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (alone / name).read_bytes()
