@@ -12,6 +12,7 @@ from torch import nn
 
 from acestep_lora.adapters import AdapterError
 from acestep_lora.factors import FOLDED, Weights, parse, peft_config, peft_state
+from acestep_lora.hashes import damage, sealed
 from acestep_lora.naming import to_upstream
 from acestep_lora.untrusted import read_object, told
 
@@ -49,6 +50,8 @@ def read(path: str | Path) -> Weights:
     config = None
     with _told(path):
         file = find(Path(path).expanduser())
+        if (folder := sealed(file)) and (reason := damage(file, folder)):
+            raise AdapterError(f"it is damaged ({reason}): give another checkpoint's.")
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}

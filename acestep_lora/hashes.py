@@ -44,12 +44,19 @@ def seal(folder: Path) -> None:
     write_atomic(folder / SUMS, json.dumps(sums, indent=0).encode())
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of a sealed folder; None when it is as it was written, or nothing says how that was."""
+def sealed(path: Path) -> Path | None:
+    """The sealed folder that a file, or the folder it is in, lies in."""
+    return next((folder for folder in path.absolute().parents[:2] if (folder / SUMS).is_file()), None)
+
+
+def damage(path: Path, folder: Path | None = None) -> str | None:
+    """What is wrong with a file of a sealed folder (by default its own); None when it is as it was written."""
+    folder = folder or path.absolute().parent
     try:
-        size, sha256 = json.loads((path.parent / SUMS).read_text(encoding="utf-8"))[path.name]
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        size, sha256 = sums[path.absolute().relative_to(folder).as_posix()]
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return f"{SUMS} does not say what it should be"
     try:
         if path.stat().st_size != size:
             return f"{path.stat().st_size} bytes instead of {size}"

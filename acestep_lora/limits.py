@@ -29,7 +29,7 @@ WHOLE = {
     "early_stopping.patience": _FROM_1,
     "previews.every_n_epochs": _FROM_0,
     "module.max_skipped": _FROM_1,
-    "adapter.r": _FROM_1,
+    "adapter.r": (1, 4096),  # of the widest layer of any released model
     "model.steps": _FROM_1,
     "conditioning.text_tokens": _FROM_1,
     "conditioning.lyric_tokens": _FROM_1,
@@ -71,6 +71,8 @@ REAL = {
 
 def check(cfg: DictConfig) -> None:
     """Raise UserError for a number that is none or out of its range; null is for whoever takes it to refuse."""
+    if "name" in cfg and not str(cfg.name or "").strip():
+        raise UserError(f"name must be a text, got {cfg.name}.")
     for limits, kind, name in ((WHOLE, int, "a whole number"), (REAL, Real, "a number")):
         for key, (low, high) in limits.items():
             value = OmegaConf.select(cfg, key)

@@ -214,7 +214,7 @@ def test_sweep_goes_on_after_jobs_that_cannot_run(sweep, tmp_path):
     used.write_text("mine", encoding="utf-8")
     done, rows = sweep("adapter.r=0,4,2,64", folder=tmp_path)
     assert done.returncode == 1
-    assert "error: adapter.r must be a whole number of at least 1, got 0." in done.stderr
+    assert "error: adapter.r must be a whole number from 1 to 4096, got 0." in done.stderr
     [refusal] = [line for line in done.stderr.splitlines() if line.startswith(f"error: {used.parent} is not empty")]
     assert "resume=auto" in refusal and "overwrite=true" in refusal and used.read_text(encoding="utf-8") == "mine"
     assert rows[2:] == [("0", "adapter.r=0", "failed"), ("1", "adapter.r=4", "failed")]

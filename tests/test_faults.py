@@ -14,9 +14,10 @@ from builders import write_songs
 from safetensors.torch import load_file
 
 from acestep_lora import cli, runs
+from acestep_lora.adapter_files import read
 from acestep_lora.callbacks.checkpoints import checkpoint_folders
 from acestep_lora.errors import UserError
-from acestep_lora.hashes import damage, seal
+from acestep_lora.hashes import damage, seal, sealed
 from acestep_lora.module import FlowModule
 from acestep_lora.numerics import Guard, NumericError
 
@@ -107,9 +108,13 @@ def test_a_sealed_folder_knows_its_files(tmp_path):
     for name, data in {"a": b"one", "sub/b": b"two"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert damage(tmp_path / "a") is None, "nothing says how it was"
+    assert damage(tmp_path / "a") == "sha256.json does not say what it should be"
+    assert sealed(tmp_path / "sub/b") is None
     seal(tmp_path)
-    assert damage(tmp_path / "a") is None
+    assert damage(tmp_path / "a") is None and damage(tmp_path / "sub/b", tmp_path) is None
+    assert sealed(tmp_path / "a") == sealed(tmp_path / "sub/b") == tmp_path
+    (tmp_path / "sub/b").write_bytes(b"TWO")
+    assert damage(tmp_path / "sub/b", tmp_path) == "its content has changed"
     (tmp_path / "a").write_bytes(b"two")
     assert damage(tmp_path / "a") == "its content has changed"
     (tmp_path / "a").write_bytes(b"on")
@@ -135,6 +140,27 @@ def test_one_changed_bit_of_a_checkpoint_is_found_and_the_one_before_is_used(fin
     assert f"{last} is damaged (its content has changed); going on from {before} instead" in caplog.text
     with pytest.raises(UserError, match="its content has changed"):
         runs.open_run(copy, "demo", resume=str(last), overwrite=False, given=True)
+
+
+def test_a_checkpoint_that_nothing_vouches_for_is_not_used(finished, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    *_, before, last = checkpoint_folders(copy)
+    (last / "sha256.json").unlink()
+    found = runs.open_run(copy, "demo", resume="auto", overwrite=False, given=True)
+    assert found.checkpoint == before / "state.ckpt" and "sha256.json does not say" in caplog.text
+
+
+def test_one_changed_bit_of_a_checkpoints_adapter_is_found(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    folder = checkpoint_folders(copy)[-1] / "adapter"
+    read(folder)
+    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="its content has changed"):
+        read(folder)
 
 
 def test_damaged_checkpoints_alone_are_no_reason_to_start_from_zero(finished, tmp_path):

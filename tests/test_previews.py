@@ -116,7 +116,11 @@ def test_their_share_of_the_time_is_bounded(run):
 
 @pytest.mark.parametrize(
     "override, reason",
-    [("previews.share=0", "previews.share"), ("previews.prompts=[{prompt: a,tempo: 1}]", "previews.prompts.*tempo")],
+    [
+        ("previews.share=0", "previews.share"),
+        ("previews.prompts=5", "previews.prompts"),
+        ("previews.prompts=[{prompt: a,tempo: 1}]", "previews.prompts.*tempo"),
+    ],
 )
 def test_what_cannot_be_is_one_sentence(run, override, reason):
     with pytest.raises(UserError, match=reason):

@@ -59,7 +59,8 @@ class Previews(L.Callback):
         if not 0 < share <= 1:
             raise UserError(f"previews.share must be above 0 and at most 1, got {share}.")
         self.folder, self.base, self.model, self.dtype = Path(output_dir) / "samples", base, model, dtype
-        self.every, self.prompts, self.seeds = every_n_epochs, prompts, list(seeds)
+        self.every, self.seeds = every_n_epochs, list(seeds)
+        self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self.duration, self.share = duration, share
         self.requests: list[Request] = []
         self.pipeline, self.worker, self.pending = None, None, None
@@ -83,10 +84,10 @@ class Previews(L.Callback):
             return [Request.like(track, self.model, self.duration, seeds) for track in songs]
         settings = {name: self.model[name] for name in ("steps", "shift", "guidance_scale")}
         settings |= {"duration": self.duration, "seeds": seeds}
-        told = [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in self.prompts]
         try:
+            told = [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in self.prompts]
             return [Request(**settings | words) for words in told]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # no list, or no words in it
             raise UserError(f"previews.prompts: {error}.") from None
 
     def _leave_out(self, reason: str) -> None:
