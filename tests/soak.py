@@ -10,6 +10,7 @@ goes to FOLDER/soak.jsonl and to the output; FOLDER/summary.json has the verdict
 
 import argparse
 import csv
+import ctypes
 import gc
 import json
 import os
@@ -139,6 +140,8 @@ class Soak:
         if not differs and not any("traceback" in kill for kill in kills):
             shutil.rmtree(folder)  # a cycle that went wrong is kept
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what is free, but not given back, comes and goes
         return {
             "cycle": number,
             "seconds": round(time.monotonic() - started, 1),
@@ -175,7 +178,7 @@ def summary(cycles: list[dict], minutes: float) -> dict:
     ]
     kills = [kill for cycle in cycles for kill in cycle["kills"]]
     sent = [kill["signal"] for kill in kills if kill["signal"]]
-    flat = growth <= GROWTH and not grown
+    flat = bool(growth <= GROWTH) and not grown
     identical = sum(cycle["identical"] for cycle in cycles)
     tracebacks = sum("traceback" in kill for kill in kills)
     return {
