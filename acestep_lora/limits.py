@@ -71,8 +71,6 @@ REAL = {
 
 def check(cfg: DictConfig) -> None:
     """Raise UserError for a number that is none or out of its range; null is for whoever takes it to refuse."""
-    if "name" in cfg and not str(cfg.name or "").strip():
-        raise UserError(f"name must be a text, got {cfg.name}.")
     for limits, kind, name in ((WHOLE, int, "a whole number"), (REAL, Real, "a number")):
         for key, (low, high) in limits.items():
             value = OmegaConf.select(cfg, key)

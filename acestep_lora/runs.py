@@ -63,6 +63,8 @@ def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given
     Raises:
         UserError: the folder is in use, or the checkpoint cannot be read.
     """
+    if not isinstance(name, str):
+        raise UserError(f"name must be a text, got {name}.")
     if resume is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         resume = "auto"
     if resume is None and not is_first():

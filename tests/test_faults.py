@@ -296,7 +296,7 @@ def test_limits_that_cannot_be_are_refused(options, message):
     ("trainer.limit_train_batches=0", "nothing of an"), ("trainer.limit_train_batches=0.01", "nothing of an"),
     ("trainer.accumulate_grad_batches=0", "at least 1"),
     ("dataset.batch_size=0", "at least 1, got 0"), ("optimizer.lr=-1", "optimizer: .*-1"), ("ema.decay=2", "got 2"),
-    ("dataset.val_fraction=1.5", "val_fraction"), ("trainer.max_steps=-3", "got -3"),
+    ("dataset.val_fraction=1.5", "val_fraction"), ("trainer.max_steps=-3", "got -3"), ("name=null", "name must be"),
 ])  # fmt: skip
 def test_a_run_that_would_do_nothing_ends_before_weights_are_read(run, monkeypatch, option, message):
     monkeypatch.setattr("acestep_lora.module.load_dit", lambda *_, **__: pytest.fail("weights were read"))
