@@ -44,6 +44,8 @@ def generate(cfg: DictConfig) -> list[Path]:
     for path in paths:
         if not Path(path).expanduser().exists():
             raise UserError(f"adapter.path={path} does not exist: give an adapter's folder or .safetensors file.")
+    if cfg.prompt is None:
+        raise UserError('prompt is missing: say what to play, such as prompt="a slow waltz for piano".')
     if cfg.format not in ("wav", "flac"):
         raise UserError(f"format={cfg.format} must be wav or flac.")
     lyrics, metas = read_lyrics(cfg.lyrics), read_metas(cfg)
@@ -55,10 +57,10 @@ def generate(cfg: DictConfig) -> list[Path]:
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
     for tag in generation.trigger_tags(paths):
-        if tag not in cfg.prompt:
+        if tag not in str(cfg.prompt):
             print(f"note: the prompt lacks the adapter's trigger tag '{line(tag)}'")
     request = generation.Request(
-        prompt=cfg.prompt,
+        prompt=str(cfg.prompt),
         lyrics=lyrics,
         duration=cfg.duration,
         **metas,

@@ -189,6 +189,12 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
         except TOLD as error:
             tell(error)
             return math.nan  # a sweep goes on with its next job
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            place = error.filename2 or error.filename or "A file"
+            tell(UserError(f"{place} cannot be used ({error.strerror}): make room, or choose another place."))
+            return math.nan
         except Exception:  # noqa: BLE001 - whatever ends one job of a sweep, the others are run
             if not is_sweep():
                 raise

@@ -3,7 +3,7 @@
 import math
 from numbers import Real
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from acestep_lora.errors import UserError
 
@@ -53,6 +53,7 @@ REAL = {
     "optimizer.lr": _FROM_0,
     "adapter.alpha": _ANY,
     "adapter.dropout": _SHARE,
+    "adapter.scale": _ANY,
     "ema.decay": _SHARE,
     "early_stopping.min_delta": _ANY,
     "early_stopping.target_loss": _ANY,
@@ -63,10 +64,12 @@ REAL = {
     "model.shift": _POSITIVE,
     "model.guidance_scale": _FROM_0,
     "hardware.vram_gb": _POSITIVE,
-    "duration": _POSITIVE,
+    "duration": (1e-9, 600),  # the silence latent's
     "shift": _POSITIVE,
     "guidance_scale": _FROM_0,
 }
+SEVERAL = {"adapter.scale"}
+"""Which may be lists."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -76,12 +79,14 @@ def check(cfg: DictConfig) -> None:
             value = OmegaConf.select(cfg, key)
             if value is None:
                 continue
-            number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not low <= value <= high:
-                raise UserError(f"{key} must be {name}{_told(low, high)}, got {value}.")
+            for each in value if isinstance(value, ListConfig) and key in SEVERAL else [value]:
+                number = isinstance(each, kind) and not isinstance(each, bool) and math.isfinite(each)
+                if not number or not low <= each <= high:
+                    raise UserError(f"{key} must be {name}{_told(low, high)}, got {each}.")
 
 
 def _told(low: float, high: float) -> str:
+    above = " above 0" if low == _POSITIVE[0] else f" of at least {low}" if low > -math.inf else ""
     if high < math.inf:
-        return f" from {low} to {high}"
-    return " above 0" if low == _POSITIVE[0] else f" of at least {low}" if low > -math.inf else ""
+        return f"{above}, at most {high}" if low == _POSITIVE[0] else f" from {low} to {high}"
+    return above

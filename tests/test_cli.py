@@ -238,10 +238,26 @@ def test_limits_speak_of_keys_that_there_are_and_the_defaults_keep_them(configur
 def test_what_is_no_number_is_told_by_its_key(key, value):
     cfg = OmegaConf.create()
     OmegaConf.update(cfg, key, OmegaConf.create(f"x: {value}").x)
-    if value == "-1e9" and (limits.WHOLE | limits.REAL)[key][0] < -1e9:
+    if value == "-1e9" and (limits.WHOLE | limits.REAL)[key][0] < -1e9 or value == "[1]" and key in limits.SEVERAL:
         return limits.check(cfg)
     with pytest.raises(UserError, match=f"^{re.escape(key)} must be a .*number.*, got"):
         limits.check(cfg)
+
+
+@pytest.mark.parametrize("command, told", [
+    ("generate.py prompt=null", "prompt is missing"),
+    ("generate.py adapter.path=null adapter.scale=[1,x]", "adapter.scale must be a number, got x"),
+    ("generate.py duration=1e9", "duration must be a number above 0, at most 600, got"),
+    ("generate.py prompt=a duration=1 steps=1 hardware=cpu output_dir={file}", "{file} cannot be used"),
+    ("-m acestep_lora.export inspect adapter.path={file}", "cannot be used as an adapter"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_sentence(command, told, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    words = [sys.executable, *command.format(file=file).split()]
+    done = subprocess.run(words, cwd=cli.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {told.format(file=file)}" in done.stderr or told in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["dataset.batch_size=1.5", "seed=-1"])
