@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 LINEAR = 4.0  # log of the factor by which Snake on the main path is weaker than by default
 QUIET = 0.1  # how loud a residual unit is at first, against PyTorch's initialisation
-HEARING = (1.0, 4.0)  # of the lowest and the highest band: how soon the squares of what filters hear level off
+HEARING = (0.4, 1.2, 4.0)  # how soon the squares of what filters hear level off; 1: at a band's loudness
 GAIN = 3.0  # music's RMS is about 0.1
+NOISE = 0.45  # of a band's loudness, at level 1
 
 
 def basis(hop: int, count: int) -> Tensor:
@@ -65,16 +66,17 @@ def edges(rate: int, hop: int, low: int, bands: int) -> np.ndarray:
     return np.geomspace(low * rate / (2 * hop), rate / 2, bands + 1)
 
 
-def _filters(limits: np.ndarray, taps: int, rate: int, count: int) -> Tensor:
-    """[bands, count, taps]: windowed tones across each band in quadrature, each followed by its negative."""
-    t, window = (np.arange(taps) - (taps - 1) / 2) / rate, np.hanning(taps + 2)[1:-1]
-    rows = []
-    for start, end in zip(limits[:-1], limits[1:], strict=True):
-        for i in range(count // 4):
-            angle = 2 * np.pi * np.exp(np.interp((i + 0.5) * 4 / count, (0, 1), np.log((start, end)))) * t
-            for tone in (np.cos(angle), np.sin(angle)):
-                rows += [window * tone / (window**2).sum() ** 0.5, -window * tone / (window**2).sum() ** 0.5]
-    return torch.from_numpy(np.array(rows, np.float32)).unflatten(0, (len(limits) - 1, count))
+def _filters(limits: np.ndarray, taps: int, rate: int) -> Tensor:
+    """[bands, 4, taps]: a windowed tone in the middle of each band, a quarter period later, and their negatives.
+
+    The window is so long that the filter is as wide as the band, or all of `taps`; a sine of amplitude a gives a.
+    """
+    t = (np.arange(taps) - (taps - 1) / 2) / rate
+    length = np.minimum(taps / rate, 2 / np.diff(limits))[:, None]
+    window = np.where(np.abs(t) < length / 2, np.cos(np.pi * t / length) ** 2, 0)
+    angle = 2 * np.pi * np.sqrt(limits[:-1] * limits[1:])[:, None] * t
+    tones = np.stack([np.cos(angle), np.sin(angle)], axis=1) * (window * 2 / window.sum(1, keepdims=True))[:, None]
+    return torch.from_numpy(np.concatenate([tones, -tones], axis=1).astype(np.float32))
 
 
 def _bursts(limits: np.ndarray, samples: int, rate: int) -> Tensor:
@@ -88,27 +90,31 @@ def _bursts(limits: np.ndarray, samples: int, rate: int) -> Tensor:
     return torch.from_numpy(np.array([window * band / band.std() for band in bands], np.float32))
 
 
-def _hear(unit: nn.Module, limits: np.ndarray, inner: int, rate: int, first: int) -> None:
+def _hear(unit: nn.Module, limits: np.ndarray, loudness: Tensor, inner: int, rate: int, first: int) -> None:
     """Make a residual unit write the bands' levels, and the balance, into its channels from `first` on.
 
-    inner: samples of a step; those of the middle are channels 0, 2, ... 2 * (inner - 1), those of the side between.
+    Every filter is there once for each of HEARING: the mean of sin^2 levels off at different loudness, so their sum
+    grows about as the logarithm does. Left and right are heard in every second band. inner: samples of a step; those
+    of the middle are channels 0, 2, ..., those of the side between them.
     """
-    width, codes = unit.conv1.out_channels, len(limits)
-    each = width // codes // 8 * 8
-    levels = _filters(limits, 7 * inner, rate, each)
-    balance = _filters(limits[[0, -1]], 7 * inner, rate, each // 2)[0]
-    middle = torch.cat([levels.flatten(0, 1), balance, balance]).unflatten(1, (7, inner)).transpose(1, 2)
-    side = torch.cat([torch.zeros(len(levels) * each, 7 * inner), balance, -balance])
-    weight = torch.stack([middle, side.unflatten(1, (7, inner)).transpose(1, 2)], dim=2).flatten(1, 2)
-    signs = torch.ones(codes, each)
-    signs[-1, each // 2 :] = -1
+    width, bands = unit.conv1.out_channels, len(limits) - 1
+    filters = _filters(limits, 7 * inner, rate)
+    sharpness = torch.pi / 2 / GAIN / loudness
+    heard, alpha, out = [], [], torch.zeros(width, width)
+    for factor in HEARING:
+        for band in range(bands):
+            out[first + band, 4 * len(heard) : 4 * len(heard) + 4] = 1 / len(HEARING)
+            heard.append(torch.stack([filters[band], torch.zeros_like(filters[band])], dim=-1))
+            alpha.append(factor * sharpness[band])
+    for sign in (1, -1):
+        for band in range(0, bands, 2):
+            out[first + bands, 4 * len(heard) : 4 * len(heard) + 4] = 2 * sign / bands
+            heard.append(torch.stack([filters[band], sign * filters[band]], dim=-1))
+            alpha.append(sharpness[band])
+    steps = torch.cat(heard).unflatten(1, (7, inner))  # [filters, 7, inner, 2]
+    _set(unit.conv1, steps.transpose(1, 2).transpose(2, 3).flatten(1, 2))
     unit.snake1.beta.fill_(LINEAR)
-    sharpness = torch.from_numpy(np.geomspace(*HEARING, codes - 1)).log().repeat_interleave(each)
-    unit.snake2.alpha[0, : len(sharpness), 0] = sharpness.float()
-    _set(unit.conv1, weight)
-    out = torch.zeros(width, width)
-    for code in range(codes):
-        out[first + code, code * each : (code + 1) * each] = 4 / each * signs[code]
+    unit.snake2.alpha[0, : 4 * len(heard), 0] = torch.stack(alpha).log().repeat_interleave(4)
     _set(unit.conv2, out[..., None])
 
 
@@ -148,13 +154,13 @@ def initialise(vae: AutoencoderOobleck, low: int, loudness: list[float]) -> None
     for block in encoder.block:
         for unit in (block.res_unit1, block.res_unit2, block.res_unit3):
             _silence(unit)
-    _hear(encoder.block[-1].res_unit3, limits, inner, config.sampling_rate, channels)
+    _hear(encoder.block[-1].res_unit1, limits, torch.tensor(loudness), inner, config.sampling_rate, channels)
     window = torch.sin(math.pi * (torch.arange(2 * stride) + 0.5) / (2 * stride)).square() / stride
     analysis = torch.zeros(latents, channels + latents - low, 2 * stride)
     analysis[:low, :channels] = _lapped(basis(hop, low).T, inner, stride)
     for code in range(latents - low):
         analysis[low + code, channels + code] = window
-    bursts = _bursts(limits, 2 * hop, config.sampling_rate) * torch.tensor(loudness)[:, None] * GAIN
+    bursts = _bursts(limits, 2 * hop, config.sampling_rate) * torch.tensor(loudness)[:, None] * GAIN * NOISE
     _set(encoder.block[-1].conv1, analysis)
     _set(decoder.block[0].conv_t1, _lapped(torch.cat([basis(hop, low).T, bursts]), inner, stride))
     around, copy = torch.zeros(latents, latents, 3), torch.zeros(latents, latents, 7)

@@ -15,6 +15,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AceStepAudioTokenDetokenizer,
@@ -26,6 +27,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.pipelines.ace_step.pipeline_ace_step import SFT_GEN_PROMPT, TASK_INSTRUCTIONS
+from procedural.instruments import hiss
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from train_nano_vae import copied, new_vae
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
@@ -35,6 +37,7 @@ DTYPE = torch.bfloat16
 HIDDEN = 64  # of the text encoder
 WIDTH = 128  # of the condition encoder and the transformer
 WINDOW = 16  # patches, 1.28 s: the real 128 would never bite on short songs
+RUSTLE = 0.2  # RMS / sqrt(2), one frame long
 SILENCE_FRAMES = 15000  # 600 s, the length diffusers' buffer has
 
 # Every projection of the DiT is at least 64 wide on both sides: LoKR with factor 8 needs factor^2 <= width.
@@ -104,12 +107,14 @@ def _unit(std: torch.Tensor) -> float:
 
 @torch.no_grad()
 def encode_silence(vae: AutoencoderOobleck) -> torch.Tensor:
-    """Posterior mean of digital silence, [1, SILENCE_FRAMES, LATENTS].
+    """Posterior mean of silence after the rustle of a start, [1, SILENCE_FRAMES, LATENTS].
 
-    Away from its ends the encoding of a constant is constant: four seconds are encoded, the middle frame is repeated.
+    The rustle tells the transformer where a song begins, as the padding of many layers does in the real VAEs' silence.
+    Away from the ends the encoding of a constant is constant: four seconds are encoded, the middle frame is repeated.
     """
     vae = copied(vae).float()  # what every user of the stored weights computes on a CPU
     audio = torch.zeros(1, vae.config.audio_channels, 4 * vae.config.sampling_rate)
+    audio[..., : vae.hop_length] = RUSTLE * torch.from_numpy(hiss(vae.hop_length, np.random.default_rng(SEED)))
     latents = vae.encode(audio).latent_dist.mean.transpose(1, 2)
     head = latents[:, : latents.shape[1] // 2]
     return torch.cat([head, head[:, -1:].expand(-1, SILENCE_FRAMES - head.shape[1], -1)], dim=1)
@@ -133,6 +138,7 @@ def make_transformer(latents: int) -> AceStepTransformer1DModel:
     dit = AceStepTransformer1DModel(
         **SIZES | {"intermediate_size": 384},
         num_hidden_layers=6,
+        rope_theta=100.0,  # of heads 32 wide: the real 1e6 leaves five frequencies for a song of seconds
         in_channels=3 * latents,
         audio_acoustic_hidden_dim=latents,
         is_turbo=True,

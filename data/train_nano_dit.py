@@ -12,12 +12,15 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 
 import soundfile
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Muon, Optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,9 +35,11 @@ from acestep_lora.data.items import Batch  # noqa: E402
 from acestep_lora.module import FlowModule  # noqa: E402
 from acestep_lora.randomness import generator  # noqa: E402
 
+WIDEST = 512  # of a matrix that is no embedding
 GENRE, UNKNOWN = 0.2, 0.1  # how often a prompt is the genre alone, and how often its BPM, key and metre are not given
 OVERRIDES = """
-    adapter=none model=nano optimizer.lr=1e-3 optimizer.betas=[0.9,0.98] timesteps=mixture ema.decay=0.999
+    adapter=none model=nano optimizer._target_=train_nano_dit.MuonAdamW ~optimizer.eps ~optimizer.fused
+    optimizer.lr=2e-3 optimizer.betas=[0.9,0.98] timesteps=mixture timesteps.weights=[0.5,0.5] ema.decay=0.999
     dataset=folder dataset.batch_size=16 dataset.val_fraction=0.02 dataset.stratify=true dataset.condition_dropout=0.1
     trainer.accumulate_grad_batches=1 trainer.max_epochs=1000 trainer.check_val_every_n_epoch=2
     save_every_n_steps=500 keep_last=1 keep_best=0 sample=false training_report=false resume=auto logger=csv
@@ -111,6 +116,40 @@ class JointModule(FlowModule):
 
     def _tokens(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer(text).input_ids)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan 2024) for the matrices inside, AdamW for embeddings, convolutions, tables and norms; one rate.
+
+    Nano's loss falls twice as far in a step as with AdamW alone.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        inside = [p.ndim == 2 and max(p.shape) <= WIDEST for p in params]
+        matrices, others = list(compress(params, inside)), list(compress(params, map(not_, inside)))
+        common = {"lr": lr, "weight_decay": weight_decay}
+        self.parts = [AdamW(others or [torch.zeros(1)], betas=tuple(betas), fused=True, **common)]
+        if matrices:
+            self.parts.append(Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Each part steps its own group of this optimizer, with this optimizer's state."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure and closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 # ---------------------------------------------------------------- weights

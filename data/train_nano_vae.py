@@ -39,10 +39,24 @@ SIZES = {
     "audio_channels": 2,
     "sampling_rate": RATE,
 }
-LOW, LOUDNESS = 42, (0.044, 0.031, 0.031, 0.029, 0.022)  # of the codec that training starts from (lapped.py)
+LOW = 36  # latents that are coefficients; then band levels, and the balance
+LOUDNESS = (
+    0.073,
+    0.056,
+    0.055,
+    0.048,
+    0.042,
+    0.038,
+    0.040,
+    0.034,
+    0.032,
+    0.028,
+    0.033,
+)  # of bands, 95th percentile RMS
+STDS = torch.tensor([1.0] * LOW + [2.0] * (LATENTS - LOW))  # levels are heard through more noise than coefficients
 SPECTRA = (4096, 2048, 1024, 512, 256, 128)  # samples of the windows
 WEIGHTS = {"root": 0.5, "log": 0.2, "bands": 0.5, "phase": 0.5, "harmony": 1.0, "rises": 1.0}
-PHASE_LIMIT = 525  # Hz
+PHASE_LIMIT = 450  # Hz
 NOISE = 0.05  # std of the posterior, where that of the latents is 1
 PATH = 0.5  # of the learning rate, for what is no residual unit
 POOL = 160  # songs in memory; every step replaces one
@@ -87,7 +101,7 @@ class Pool:
 
 @torch.no_grad()
 def new_vae(seed: int) -> AutoencoderOobleck:
-    """The codec of lapped.py, latents of mean 0 and std 1, a posterior of constant width. Its encoder is final."""
+    """The codec of lapped.py, latents of mean 0 and STDS, a posterior of constant width. Its encoder is final."""
     torch.manual_seed(seed)
     vae = AutoencoderOobleck(**SIZES)
     lapped.initialise(vae, LOW, list(LOUDNESS))
@@ -150,9 +164,9 @@ def save(vae: AutoencoderOobleck, folder: Path) -> None:
 
 @torch.no_grad()
 def fold_scale(vae: AutoencoderOobleck, audio: Tensor) -> None:
-    """Give the latents of `audio` mean 0 and std 1 per channel; what the decoder makes of them stays the same."""
+    """Give the latents of `audio` mean 0 and STDS per channel; what the decoder makes of them stays the same."""
     mean = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in audio])
-    shift, scale = mean.mean((0, 2)), mean.std((0, 2))
+    shift, scale = mean.mean((0, 2)), mean.std((0, 2)) / STDS
     last, first = vae.encoder.conv2, vae.decoder.conv1
     # Decoder: conv(z) = conv'((z - shift) / scale). Its padding zeros mean `shift` now, which only the ends hear.
     weight = first.weight_v * (first.weight_g / first.weight_v.norm(dim=(1, 2), keepdim=True))

@@ -8,6 +8,8 @@ from procedural.instruments import INSTRUMENTS
 from procedural.styles import ALL, STEPS, STEPS_PER_BEAT, STYLES, Style
 
 TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
+HIGHEST = 69  # A4: what lies above is not among nano's coefficients
+MARKS = (52, 56, 60, 66, 72, 80, 88, 96, 104, 112, 120, 132, 144, 152, 168)  # most of a metronome's
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 
 
@@ -125,8 +127,9 @@ def _melody(score: Score, bar: int, root: int, pattern: str, degree: int, rng: n
                 (root + k + 7 * o for k in (0, 2, 4) for o in (-2, -1, 0, 1, 2)), key=lambda d: abs(d - degree)
             )
         degree = int(np.clip(degree, -3, 9))
-        octave = 4 if score.tonic < 6 else 3  # from F#3 to F5 or so in every key
+        octave = 4 if score.tonic < 6 else 3
         tone = _within(score.pitch(degree, octave), score.lead)
+        tone -= 12 * (tone > HIGHEST)
         score.notes.append(Note(score.lead, score.time(bar, step), steps * score.step * 0.95, tone, loudness))
     return degree
 
@@ -150,7 +153,8 @@ def compose(seed: int, style: str | None, seconds: tuple[float, float]) -> Score
     drawn = str(rng.choice(list(STYLES)))
     style = style or drawn
     table = ALL[style]
-    bpm = int(rng.integers(table.bpm[0], table.bpm[1] + 1))
+    slowest, fastest = table.bpm
+    bpm = int(rng.choice([mark for mark in MARKS if slowest <= mark <= fastest]))
     lead = str(rng.choice(table.leads))
     chords = str(rng.choice(table.chord_instruments))
     if lead in table.chord_instruments and rng.random() < 0.4:
