@@ -65,7 +65,7 @@ def told(hidden: str, command: str, *arguments: str) -> str:
         timeout=300,
     )
     assert done.returncode in (1, cli.LEFT_OUT) and "Traceback" not in done.stderr, done.stderr
-    return " ".join((done.stdout + done.stderr).split())
+    return " ".join((done.stdout + done.stderr).replace("│", " ").split())  # a table may break a sentence
 
 
 @pytest.fixture(scope="module")
