@@ -56,11 +56,12 @@ def generate(cfg: DictConfig) -> list[Path]:
     from acestep_lora.data.fields import line
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
+    prompt = str(cfg.prompt)
     for tag in generation.trigger_tags(paths):
-        if tag not in str(cfg.prompt):
+        if tag not in prompt:
             print(f"note: the prompt lacks the adapter's trigger tag '{line(tag)}'")
     request = generation.Request(
-        prompt=str(cfg.prompt),
+        prompt=prompt,
         lyrics=lyrics,
         duration=cfg.duration,
         **metas,

@@ -50,7 +50,7 @@ def read(path: str | Path) -> Weights:
     config = None
     with _told(path):
         file = find(Path(path).expanduser())
-        if (folder := sealed(file)) and (reason := damage(file, folder)):
+        if sealed(file) and (reason := damage(file)):
             raise AdapterError(f"it is damaged ({reason}): give another checkpoint's.")
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}

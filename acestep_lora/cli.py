@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from acestep_lora import limits
 from acestep_lora.data.fields import line
-from acestep_lora.errors import UserError
+from acestep_lora.errors import UserError, unusable
 from acestep_lora.filenames import legal
 from acestep_lora.interrupts import Interrupted
 from acestep_lora.overrides import quote_overrides
@@ -89,7 +89,9 @@ def quiet() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """What to tell the user about one of `TOLD`: what is wrong, and what there is instead."""
+    """What to tell the user about one of `TOLD`, or of a file: what is wrong, and what there is instead."""
+    if place := unusable(error):
+        return f"{place} cannot be used ({error.strerror}): make room, or choose another place."
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -186,20 +188,14 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
             if "hardware" in cfg:
                 check_launcher(cfg)
             value = run(cfg)
-        except TOLD as error:
-            tell(error)
-            return math.nan  # a sweep goes on with its next job
-        except OSError as error:
-            if error.strerror is None:
+        except Exception as error:  # noqa: BLE001 - whatever ends one job of a sweep, the others are run
+            if isinstance(error, TOLD) or unusable(error):
+                tell(error)
+            elif is_sweep():
+                log.exception("job %s failed", HydraConfig.get().job.num)
+                codes.append(1)
+            else:
                 raise
-            place = error.filename2 or error.filename or "A file"
-            tell(UserError(f"{place} cannot be used ({error.strerror}): make room, or choose another place."))
-            return math.nan
-        except Exception:  # noqa: BLE001 - whatever ends one job of a sweep, the others are run
-            if not is_sweep():
-                raise
-            log.exception("job %s failed", HydraConfig.get().job.num)
-            codes.append(1)
             return math.nan
         if not is_sweep() and is_first():  # the first of several processes judges; the others' codes would kill it
             codes.append(value)

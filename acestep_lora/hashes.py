@@ -49,9 +49,9 @@ def sealed(path: Path) -> Path | None:
     return next((folder for folder in path.absolute().parents[:2] if (folder / SUMS).is_file()), None)
 
 
-def damage(path: Path, folder: Path | None = None) -> str | None:
-    """What is wrong with a file of a sealed folder (by default its own); None when it is as it was written."""
-    folder = folder or path.absolute().parent
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of a sealed folder; None when it is as it was written."""
+    folder = sealed(path) or path.absolute().parent
     try:
         sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         size, sha256 = sums[path.absolute().relative_to(folder).as_posix()]

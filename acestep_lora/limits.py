@@ -9,6 +9,7 @@ from acestep_lora.errors import UserError
 
 _ANY = (-math.inf, math.inf)
 _POSITIVE, _SHARE = (1e-9, math.inf), (0, 1)
+_SECONDS = (_POSITIVE[0], 600)  # the silence latent's
 _FROM_0, _FROM_1 = (0, math.inf), (1, math.inf)
 
 WHOLE = {
@@ -58,13 +59,13 @@ REAL = {
     "early_stopping.min_delta": _ANY,
     "early_stopping.target_loss": _ANY,
     "preservation.weight": _FROM_0,
-    "previews.duration": _POSITIVE,
+    "previews.duration": _SECONDS,
     "previews.share": _SHARE,
     "module.spike": _POSITIVE,
     "model.shift": _POSITIVE,
     "model.guidance_scale": _FROM_0,
     "hardware.vram_gb": _POSITIVE,
-    "duration": (1e-9, 600),  # the silence latent's
+    "duration": _SECONDS,
     "shift": _POSITIVE,
     "guidance_scale": _FROM_0,
 }
@@ -86,7 +87,8 @@ def check(cfg: DictConfig) -> None:
 
 
 def _told(low: float, high: float) -> str:
-    above = " above 0" if low == _POSITIVE[0] else f" of at least {low}" if low > -math.inf else ""
+    if low == _POSITIVE[0]:
+        return " above 0" + (f", at most {high}" if high < math.inf else "")
     if high < math.inf:
-        return f"{above}, at most {high}" if low == _POSITIVE[0] else f" from {low} to {high}"
-    return above
+        return f" from {low} to {high}"
+    return f" of at least {low}" if low > -math.inf else ""

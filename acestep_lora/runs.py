@@ -1,6 +1,5 @@
 """A run's folder: where it is, whether it may be used, what it resumes from, how long it goes on."""
 
-import errno
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from acestep_lora.callbacks.reporting import Reporter
 from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.data.datamodule import LatentDataModule
-from acestep_lora.errors import UserError
+from acestep_lora.errors import DISK, UserError
 from acestep_lora.hardware import Hardware
 from acestep_lora.hashes import damage, remove_leftovers, write_atomic
 from acestep_lora.identity import Identity
@@ -63,8 +62,8 @@ def open_run(folder: Path, name: str, resume: str | None, overwrite: bool, given
     Raises:
         UserError: the folder is in use, or the checkpoint cannot be read.
     """
-    if not isinstance(name, str):
-        raise UserError(f"name must be a text, got {name}.")
+    if name is None:
+        raise UserError("name must be a text, got None.")
     if resume is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         resume = "auto"
     if resume is None and not is_first():
@@ -155,13 +154,9 @@ def occupied(run: Run) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno in _DISK or str(error.filename or "").startswith(str(run.folder)):
+            if error.errno in DISK or str(error.filename or "").startswith(str(run.folder)):
                 raise _cannot_write(run.folder, error) from error
             raise
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""What only happens to files that are written."""
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:

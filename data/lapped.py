@@ -5,9 +5,10 @@ every sample down unchanged (a stride of 4 puts four samples into four channels)
 stride, can then be any lapped transform of frames that overlap by half. The MDCT's lowest coefficients are latents, and
 the decoder's way back is the inverse transform: exact for the sum of both channels.
 
-High: each band is one latent, its level. In the encoder's last residual unit filters hear the band, Snake squares what
-they hear (the linear part goes as every filter has its negative beside it), and the sum is the level. The decoder plays
-a fixed burst of noise of the band at that level. The last latent is the balance: the level of left less that of right.
+High: each band is one latent, its level. In a residual unit of the encoder's last block filters hear the band, Snake
+squares what they hear (the linear part goes as every filter has its negative beside it), and the sum is the level. The
+decoder plays a fixed burst of noise of the band at that level. The last latent is the balance: the level of left less
+that of right.
 
 All other residual units of the encoder are silent; data/oobleck.py leaves such units out.
 """

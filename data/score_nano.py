@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from procedural import Truth, song  # noqa: E402
 from procedural.styles import LEADS  # noqa: E402
-from train_nano_vae import HOP, RATE, UNSEEN, reconstruct  # noqa: E402
+from train_nano_vae import RATE, UNSEEN, reconstruct, whole_frames  # noqa: E402
 
 from acestep_lora import basemodel, generation  # noqa: E402
 from acestep_lora.annotate import tempo  # noqa: E402
@@ -63,11 +63,6 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, rows: np.ndarray) -> list[int]:
         return self.layer(self._scaled(rows)).argmax(1).tolist()
-
-
-def whole_frames(audio: np.ndarray) -> np.ndarray:
-    """[n, 2] -> [2, m], m a multiple of HOP."""
-    return np.ascontiguousarray(audio[: len(audio) // HOP * HOP].T)
 
 
 def learn_instruments(vae, count: int) -> Classifier:

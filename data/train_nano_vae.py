@@ -40,23 +40,12 @@ SIZES = {
     "sampling_rate": RATE,
 }
 LOW = 36  # latents that are coefficients; then band levels, and the balance
-LOUDNESS = (
-    0.073,
-    0.056,
-    0.055,
-    0.048,
-    0.042,
-    0.038,
-    0.040,
-    0.034,
-    0.032,
-    0.028,
-    0.033,
-)  # of bands, 95th percentile RMS
+# RMS of the bands' 95th percentile
+LOUDNESS = (0.073, 0.056, 0.055, 0.048, 0.042, 0.038, 0.040, 0.034, 0.032, 0.028, 0.033)
 STDS = torch.tensor([1.0] * LOW + [2.0] * (LATENTS - LOW))  # levels are heard through more noise than coefficients
 SPECTRA = (4096, 2048, 1024, 512, 256, 128)  # samples of the windows
 WEIGHTS = {"root": 0.5, "log": 0.2, "bands": 0.5, "phase": 0.5, "harmony": 1.0, "rises": 1.0}
-PHASE_LIMIT = 450  # Hz
+PHASE_LIMIT = LOW * RATE // (2 * HOP)  # Hz, where coefficients end
 NOISE = 0.05  # std of the posterior, where that of the latents is 1
 PATH = 0.5  # of the learning rate, for what is no residual unit
 POOL = 160  # songs in memory; every step replaces one
@@ -261,6 +250,11 @@ class Training:
 # ---------------------------------------------------------------- scoring
 
 
+def whole_frames(audio: np.ndarray) -> np.ndarray:
+    """[n, 2] -> [2, m], m a multiple of HOP."""
+    return np.ascontiguousarray(audio[: len(audio) // HOP * HOP].T)
+
+
 @torch.no_grad()
 def reconstruct(vae: AutoencoderOobleck, audio: np.ndarray) -> np.ndarray:
     """[2, n] -> [2, n]."""
@@ -272,7 +266,7 @@ def score(vae: AutoencoderOobleck, clips: int, style: str | None = None) -> dict
     rows = []
     for seed in range(UNSEEN, UNSEEN + clips):
         audio, truth = song(seed, RATE, style)
-        audio = np.ascontiguousarray(audio[: len(audio) // HOP * HOP].T)
+        audio = whole_frames(audio)
         copied = reconstruct(vae, audio)
         heard, again, true = measures.onsets(audio, RATE), measures.onsets(copied, RATE), np.array(truth.onsets)
         rows.append(

@@ -260,6 +260,29 @@ def test_what_cannot_be_done_is_one_sentence(command, told, tmp_path):
     assert f"error: {told.format(file=file)}" in done.stderr or told in done.stderr.splitlines()[-1]
 
 
+def test_an_error_of_a_file_is_told_and_any_other_is_a_bug_that_ends_no_sweep(tmp_path):
+    code = """
+from acestep_lora import cli
+def run(cfg):
+    print("ran", cfg.seed)
+    errors = [OSError("no reason"), OSError(28, "No space left on device"), FileNotFoundError(2, "gone", "x")]
+    if cfg.seed < 3:
+        raise errors[cfg.seed]
+    return 0.0
+cli.main("train", run)
+"""
+
+    def do(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, *options, f"hydra.sweep.dir={tmp_path}", f"hydra.run.dir={tmp_path}"]
+        return subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True)
+
+    one, all_of_them = do("seed=0"), do("-m", "seed=0,1,2,3")
+    assert one.returncode == 1 and "Traceback" in one.stderr
+    assert all_of_them.returncode == 1 and [f"ran {seed}" in all_of_them.stdout for seed in range(4)] == [True] * 4
+    assert "error: a disk cannot be used (No space left on device)" in all_of_them.stderr
+    assert "error: x cannot be used (gone)" in all_of_them.stderr
+
+
 @pytest.mark.parametrize("option", ["dataset.batch_size=1.5", "seed=-1"])
 def test_a_command_checks_its_numbers_first(option, tmp_path):
     done = subprocess.run(

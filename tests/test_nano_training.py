@@ -72,7 +72,7 @@ def test_a_new_vae_is_the_lapped_transform(vae):
 
 
 @torch.no_grad()
-def test_a_level_rises_with_its_band_and_with_no_other(vae):
+def test_a_level_rises_with_loudness_and_most_in_its_own_band(vae):
     low, bands = train_nano_vae.LOW, len(train_nano_vae.LOUDNESS)
     limits = lapped.edges(RATE, train_nano_vae.HOP, low, bands)
     t = torch.arange(RATE) / RATE
