@@ -14,8 +14,12 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])\s*(?:\.|$)", r
 
 def legal(text: str, most: int = 40) -> str:
     """`text` as the name of a file or folder, of at most `most` bytes."""
-    name = _ILLEGAL.sub("_", text).encode(errors="ignore")[:most].decode(errors="ignore").strip(" .")
-    return f"_{name[: most - 1]}" if not name or _DEVICE.match(name) else name
+    name = _shortened(_ILLEGAL.sub("_", text), most)
+    return _shortened(f"_{name}", most) if not name or _DEVICE.match(name) else name
+
+
+def _shortened(name: str, most: int) -> str:
+    return name.encode(errors="ignore")[:most].decode(errors="ignore").strip(" .")
 
 
 def own(folder: Path) -> Path:

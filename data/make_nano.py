@@ -141,8 +141,8 @@ def make_transformer(latents: int) -> AceStepTransformer1DModel:
         rope_theta=100.0,  # of heads 32 wide: the real 1e6 leaves five frequencies for a song of seconds
         in_channels=3 * latents,
         audio_acoustic_hidden_dim=latents,
-        is_turbo=True,
-        model_version="turbo",
+        is_turbo=False,
+        model_version="base",
     )
     frames = 250
     t = torch.full((1,), 0.5)

@@ -35,9 +35,13 @@ from acestep_lora.randomness import generator  # noqa: E402
 
 WIDEST = 512  # of a matrix that is no embedding
 GENRE, UNKNOWN = 0.2, 0.1  # how often a prompt is the genre alone, and how often its BPM, key and metre are not given
-OVERRIDES = """
+# What a song's tempo is, and where its beats are, is decided in the first steps of sampling, near pure noise.
+NOISE = ("LogitNormal,mu:-0.4,sigma:1.0", "Uniform,low:0.85,high:1.0", "Uniform,low:0.96,high:1.0")
+COMPONENTS = ",".join(f"{{_target_:acestep_lora.timesteps.{levels}}}" for levels in NOISE)
+OVERRIDES = f"""
     adapter=none model=nano optimizer._target_=train_nano_dit.MuonAdamW ~optimizer.eps ~optimizer.fused
-    optimizer.lr=2e-3 optimizer.betas=[0.9,0.98] timesteps=mixture timesteps.weights=[0.5,0.5] ema.decay=0.999
+    optimizer.lr=3e-3 optimizer.betas=[0.9,0.98] ema.decay=0.999
+    timesteps=mixture timesteps.components=[{COMPONENTS}] timesteps.weights=[0.4,0.3,0.3]
     dataset=folder dataset.batch_size=16 dataset.val_fraction=0.02 dataset.stratify=true dataset.condition_dropout=0.1
     trainer.accumulate_grad_batches=1 trainer.max_epochs=1000 trainer.check_val_every_n_epoch=2
     save_every_n_steps=500 keep_last=1 keep_best=0 sample=false training_report=false resume=auto logger=csv

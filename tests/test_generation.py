@@ -55,10 +55,10 @@ def pipeline(nano):
 
 
 @pytest.fixture
-def guided(nano):
-    """nano as if it were a base model, which is sampled with guidance."""
+def turbo(nano):
+    """nano as if it were a turbo model, which is sampled without guidance."""
     pipeline = generation.load_pipeline(nano, torch.float32, "cpu")
-    pipeline.is_turbo = False
+    pipeline.is_turbo = True
     return pipeline
 
 
@@ -190,11 +190,11 @@ def test_adapter_without_a_strength_is_refused_one(nano, adapters, plain):
 # ---------------------------------------------------------------- guidance
 
 
-def test_turbo_models_run_without_guidance(pipeline, plain, guided):
-    assert pipeline.is_turbo
-    assert torch.equal(generation.generate(pipeline, replace(SONG, guidance_scale=7.0))[0], plain)
-    assert torch.equal(generation.generate(guided, SONG)[0], plain)
-    assert (generation.generate(guided, replace(SONG, guidance_scale=7.0))[0] - plain).abs().max() > 0.01
+def test_turbo_models_run_without_guidance(pipeline, plain, turbo):
+    assert not pipeline.is_turbo
+    assert torch.equal(generation.generate(turbo, SONG)[0], plain)
+    assert torch.equal(generation.generate(turbo, replace(SONG, guidance_scale=7.0))[0], plain)
+    assert (generation.generate(pipeline, replace(SONG, guidance_scale=7.0))[0] - plain).abs().max() > 0.01
 
 
 def condition(pipeline, prompt: str, lyrics: str, language: str, **metas) -> torch.Tensor:
@@ -211,50 +211,50 @@ def condition(pipeline, prompt: str, lyrics: str, language: str, **metas) -> tor
 
 
 @torch.no_grad()
-def test_negative_prompt_takes_the_place_of_the_null_condition(guided):
+def test_negative_prompt_takes_the_place_of_the_null_condition(pipeline):
     """Against the sampler written out, each condition at its own length."""
     request = replace(SONG, negative_prompt="harsh metal, distorted guitars", guidance_scale=5.0, shift=1.0)
     metas = {"bpm": 92, "keyscale": "D minor", "timesignature": "3"}
-    wanted = condition(guided, SONG.prompt, SONG.lyrics, "ja", **metas)
-    unwanted = condition(guided, request.negative_prompt, "[Instrumental]", "unknown")
+    wanted = condition(pipeline, SONG.prompt, SONG.lyrics, "ja", **metas)
+    unwanted = condition(pipeline, request.negative_prompt, "[Instrumental]", "unknown")
     assert wanted.shape[1] != unwanted.shape[1]
-    frames, channels = int(2 * guided.latents_per_second), guided.transformer.config.audio_acoustic_hidden_dim
+    frames, channels = int(2 * pipeline.latents_per_second), pipeline.transformer.config.audio_acoustic_hidden_dim
     x = torch.randn(1, frames, channels, generator=torch.Generator().manual_seed(1))
-    silence = guided.condition_encoder.silence_latent[:, :frames]
+    silence = pipeline.condition_encoder.silence_latent[:, :frames]
     context, momentum = torch.cat([silence, torch.ones_like(silence)], -1), MomentumBuffer(-0.75)
     times = [1.0, 2 / 3, 1 / 3, 0.0]
     for t, following in zip(times, times[1:], strict=False):
         now = torch.tensor([t])
-        toward, away = (guided.transformer(x, now, now, states, context).sample for states in (wanted, unwanted))
+        toward, away = (pipeline.transformer(x, now, now, states, context).sample for states in (wanted, unwanted))
         v = normalized_guidance(toward, away, 4.0, momentum, 0.0, 2.5, use_original_formulation=True, norm_dim=(1,))
         x = euler_step(x, v, t, following)
-    audio = guided.vae.decode(x.transpose(1, 2)).sample[0]
+    audio = pipeline.vae.decode(x.transpose(1, 2)).sample[0]
     audio = audio / audio.abs().max() * 10 ** (-1 / 20)
-    torch.testing.assert_close(generation.generate(guided, request)[0], audio, atol=1e-4, rtol=0)
+    torch.testing.assert_close(generation.generate(pipeline, request)[0], audio, atol=1e-4, rtol=0)
 
 
-def test_leading_away_from_what_is_asked_for_is_no_guidance(guided):
+def test_leading_away_from_what_is_asked_for_is_no_guidance(pipeline):
     request = Request(SONG.prompt, duration=2.0, steps=3, guidance_scale=7.0, negative_prompt=SONG.prompt)
-    unguided = generation.generate(guided, replace(request, negative_prompt="", guidance_scale=1.0))[0]
-    assert torch.equal(generation.generate(guided, request)[0], unguided)
-    other = generation.generate(guided, replace(request, negative_prompt="harsh metal"))[0]
+    unguided = generation.generate(pipeline, replace(request, negative_prompt="", guidance_scale=1.0))[0]
+    assert torch.equal(generation.generate(pipeline, request)[0], unguided)
+    other = generation.generate(pipeline, replace(request, negative_prompt="harsh metal"))[0]
     assert (other - unguided).abs().max() > 0.01
 
 
-def test_pipeline_forgets_the_negative_prompt(guided):
+def test_pipeline_forgets_the_negative_prompt(pipeline):
     request = replace(SONG, guidance_scale=7.0)
-    before = generation.generate(guided, request)[0]
-    generation.generate(guided, replace(request, negative_prompt="harsh metal"))
-    with pytest.raises(RuntimeError), generation.negative(guided, replace(request, negative_prompt="harsh")):
+    before = generation.generate(pipeline, request)[0]
+    generation.generate(pipeline, replace(request, negative_prompt="harsh metal"))
+    with pytest.raises(RuntimeError), generation.negative(pipeline, replace(request, negative_prompt="harsh")):
         raise RuntimeError
-    assert torch.equal(generation.generate(guided, request)[0], before)
+    assert torch.equal(generation.generate(pipeline, request)[0], before)
 
 
-def test_negative_prompt_without_guidance_is_refused(pipeline, guided):
+def test_negative_prompt_without_guidance_is_refused(turbo, pipeline):
     with pytest.raises(UserError, match="'harsh metal' has no effect, as turbo models run without guidance"):
-        generation.generate(pipeline, replace(SONG, negative_prompt="harsh metal", guidance_scale=7.0))
+        generation.generate(turbo, replace(SONG, negative_prompt="harsh metal", guidance_scale=7.0))
     with pytest.raises(UserError, match="guidance_scale=1 is no guidance"):
-        generation.generate(guided, replace(SONG, negative_prompt="harsh metal"))
+        generation.generate(pipeline, replace(SONG, negative_prompt="harsh metal"))
 
 
 # ---------------------------------------------------------------- files
@@ -301,8 +301,14 @@ def command(configure, tmp_path):
     import generate
 
     def run(*overrides: str):
-        quick = ["hardware=cpu", "prompt=lofi, warm piano", "duration=2", "steps=3", "bpm=92", "language=ja-JP"]
-        quick += ["keyscale=Dm", "timesignature=3/4", f"lyrics={SONG.lyrics}", f"output_dir={tmp_path / 'out'}"]
+        quick = ["hardware=cpu", "prompt=lofi, warm piano", "duration=2", "steps=3", "guidance_scale=1", "bpm=92"]
+        quick += [
+            "keyscale=Dm",
+            "timesignature=3/4",
+            "language=ja-JP",
+            f"lyrics={SONG.lyrics}",
+            f"output_dir={tmp_path / 'out'}",
+        ]
         return generate.generate(configure("generate", *quick, *overrides))
 
     return run

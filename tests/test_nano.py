@@ -1,6 +1,9 @@
 """data/models/nano: loads with plain diffusers, behaves like a checkpoint, has grown from what make_nano.py makes."""
 
+import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +129,27 @@ def test_script_makes_what_training_starts_from(made, nano, tmp_path):
     shipped, fresh = tensors(nano), tensors(made)
     assert {key: value.shape for key, value in shipped.items()} == {key: value.shape for key, value in fresh.items()}
     assert torch.equal(shipped["condition_encoder.silence_latent"], fresh["condition_encoder.silence_latent"].float())
+
+
+def script(name: str, *arguments: object) -> str:
+    command = [sys.executable, ROOT / "data" / name, *map(str, arguments)]
+    return subprocess.run(command, check=True, text=True, stdout=-1, env=os.environ | {"WANDB_MODE": "disabled"}).stdout
+
+
+@pytest.mark.slow
+def test_every_stage_of_its_training_learns(tmp_path):
+    """The commands of the model card, for a few steps each, from nothing."""
+    vae, model, songs, run = (tmp_path / name for name in ("vae", "model", "songs", "run"))
+    script("train_nano_vae.py", "--minutes", 0.6, "--out", vae, "--clips", 4)
+    scores = json.loads((vae / "scores.json").read_text(encoding="utf-8"))["scores"]
+    assert scores["trained"]["spectral_distance"] < 0.97 * scores["untrained"]["spectral_distance"]
+    script("make_nano.py", "--vae", vae / "vae", "--out", model)
+    steps = ["trainer.max_steps=12", "trainer.log_every_n_steps=1", "scheduler.warmup_steps=2"]
+    given = ["--model", model, "--songs", songs, "--run", run, "--count", 48, "--minutes", 10]
+    script("train_nano_dit.py", *given, *steps)
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert losses[-1] < 0.7 * losses[0]
+    printed = script("score_nano.py", "--model", model, "--clips", 2, "--learn", 12)
+    loss = json.loads(printed)["loss"]
+    assert loss["nano"] < loss["untrained"]

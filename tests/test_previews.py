@@ -50,7 +50,7 @@ def test_the_page_is_a_grid_of_players(finished):
 
 def test_a_preview_is_what_the_exported_adapter_plays(finished, nano):
     """Also under EMA: what is heard is what is saved."""
-    request = Request("lofi piano", duration=1.0, seeds=[1, 2])
+    request = Request("lofi piano", duration=1.0, steps=16, guidance_scale=4.0, seeds=[1, 2])
     pipeline = generation.load_pipeline(nano, torch.float32, "cpu")
     for column, path in (
         ("base model", None),

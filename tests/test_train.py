@@ -91,7 +91,7 @@ def test_metadata_says_what_and_not_where(finished):
     with safe_open(folder / "adapter/adapter_model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["trigger_tag"] == "glimmer" and metadata["example_prompt"].startswith("glimmer, ")
-    assert metadata["steps"] == "8" and metadata["shift"] == "3.0" and len(metadata["base_model_sha256"]) == 64
+    assert metadata["steps"] == "16" and metadata["shift"] == "3.0" and len(metadata["base_model_sha256"]) == 64
     everything = json.dumps(metadata) + (folder / "adapter/adapter_config.json").read_text()
     assert str(folder) not in everything and "/tmp" not in everything and "20" + "26-" not in everything
 

@@ -9,7 +9,6 @@ from procedural.styles import ALL, STEPS, STEPS_PER_BEAT, STYLES, Style
 
 TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 HIGHEST = 69  # A4: what lies above is not among nano's coefficients
-MARKS = (52, 56, 60, 66, 72, 80, 88, 96, 104, 112, 120, 132, 144, 152, 168)  # most of a metronome's
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 
 
@@ -153,8 +152,7 @@ def compose(seed: int, style: str | None, seconds: tuple[float, float]) -> Score
     drawn = str(rng.choice(list(STYLES)))
     style = style or drawn
     table = ALL[style]
-    slowest, fastest = table.bpm
-    bpm = int(rng.choice([mark for mark in MARKS if slowest <= mark <= fastest]))
+    bpm = int(rng.choice(table.bpm))
     lead = str(rng.choice(table.leads))
     chords = str(rng.choice(table.chord_instruments))
     if lead in table.chord_instruments and rng.random() < 0.4:

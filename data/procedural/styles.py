@@ -1,7 +1,11 @@
-"""Styles as tables: tempo, metre, harmony and grooves on a grid of steps.
+"""Styles as tables: tempi, metre, harmony and grooves on a grid of steps.
 
 A bar of 4/4 has 16 steps (sixteenths), of 3/4 12 and of 6/8 12 (sixteenths). In a pattern `X` is an accent, `x` a
 plain stroke, `.` nothing. Chord progressions are degrees of the scale, one to a bar.
+
+The tempi of what nano is trained on are those it can count: its rotary embedding turns once in 60 / 119.4 seconds at
+the fastest and 3/4 as fast from one frequency to the next, so a beat at one of these speeds, or a simple multiple, is
+heard by its attention, and others it plays at the nearest.
 """
 
 from dataclasses import dataclass
@@ -14,10 +18,10 @@ STEPS_PER_BEAT = {"4/4": 4, "3/4": 4, "6/8": 6}  # the beat that BPM counts: a q
 
 @dataclass(frozen=True)
 class Style:
-    """chords, bass, rhythms: patterns to choose from; drums: choices, each a pattern per drum."""
+    """bpm, chords, bass, rhythms: what to choose from; drums: choices, each a pattern per drum."""
 
     metre: str
-    bpm: tuple[int, int]
+    bpm: tuple[int, ...]
     progressions: tuple[str, ...]
     chords: tuple[str, ...]
     bass: tuple[str, ...]
@@ -35,18 +39,18 @@ class Style:
 STYLES = {
     "ambient": Style(
         metre="4/4",
-        bpm=(60, 84),
+        bpm=(67, 76),
         progressions=("1 4", "1 6", "6 4 1 5", "1 3 4 4", "4 1"),
         chords=("X...............", "X.......x......."),
         bass=("X...............",),
         rhythms=("X.......x.......", "X...........x...", "....X.......x...", "X.....x.....x..."),
-        drums=({},),
+        drums=({"shaker": "X...x...x...x..."},),
         moods=("calm", "dreamy", "spacious", "soft"),
         minor=0.4,
     ),
     "waltz": Style(
         metre="3/4",
-        bpm=(96, 168),
+        bpm=(101, 113, 119, 134, 151, 159),
         progressions=("1 4 5 1", "1 6 2 5", "1 5 1 4", "4 1 5 1"),
         chords=("....x...x...",),
         bass=("X...........", "X.......x..."),
@@ -57,7 +61,7 @@ STYLES = {
     ),
     "folk": Style(
         metre="6/8",
-        bpm=(52, 84),
+        bpm=(67, 76, 85),
         progressions=("1 5 6 4", "1 4 1 5", "6 4 1 5", "1 1 4 5"),
         chords=("X.x.x.x.x.x.",),
         bass=("X.....x.....",),
@@ -69,7 +73,7 @@ STYLES = {
     ),
     "rock": Style(
         metre="4/4",
-        bpm=(100, 152),
+        bpm=(101, 113, 119, 134, 151),
         progressions=("1 4 5 4", "6 4 1 5", "1 5 4 4", "1 7 4 1"),
         chords=("X.x.x.x.X.x.x.x.", "X...x...X...x...", "X..x..x.X..x..x."),
         bass=("X.x.x.x.X.x.x.x.", "X...x...x...x..."),
@@ -83,7 +87,7 @@ STYLES = {
     ),
     "house": Style(
         metre="4/4",
-        bpm=(116, 132),
+        bpm=(113, 119, 134),
         progressions=("1 6 4 5", "6 5 4 4", "1 1 6 6", "4 5 6 6"),
         chords=("..x...x...x...x.", "..x..x....x..x.."),
         bass=("..x...x...x...x.", "X.xxX.xxX.xxX.xx"),
@@ -98,7 +102,7 @@ STYLES = {
     ),
     "lofi": Style(
         metre="4/4",
-        bpm=(68, 92),
+        bpm=(76, 85, 90),
         progressions=("2 5 1 6", "1 6 2 5", "4 3 2 1", "6 2 5 1"),
         chords=("X......x..x.....", "X.........x....."),
         bass=("X......x..x.....", "X.......x.....x."),
@@ -114,7 +118,7 @@ STYLES = {
     ),
     "chiptune": Style(
         metre="4/4",
-        bpm=(132, 172),
+        bpm=(134, 151, 159),
         progressions=("1 5 6 4", "6 4 1 5", "1 4 5 5", "1 7 6 5"),
         chords=("xxxxxxxxxxxxxxxx", "x.x.x.x.x.x.x.x."),
         bass=("X...x...X...x...", "X.x.X.x.X.x.X.x."),
@@ -131,7 +135,7 @@ HELD_OUT = "calypso"
 
 _CALYPSO = Style(
     metre="4/4",
-    bpm=(96, 120),
+    bpm=(96, 104, 112, 120),
     progressions=("1 4 5 1", "1 1 5 5", "4 1 5 1", "1 2 5 1"),
     chords=("...x..x....x..x.", "..xx..x...xx..x."),
     bass=("X..x..x.X..x..x.", "X.....x.X.....x."),
