@@ -16,6 +16,7 @@ import numpy as np
 import soxr
 import torch
 from diffusers import AceStepTransformer1DModel
+from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from acestep_lora.annotate.tempo_key import estimate  # noqa: E402
 from acestep_lora.conditioning import silence_context  # noqa: E402
 from acestep_lora.timesteps import LogitNormal  # noqa: E402
 
+NANO = OmegaConf.load(ROOT / "conf" / "model" / "nano.yaml")
 LEARN = 20_000_000  # first seed of the classifier's songs
 HEARD = 6  # seconds of a song that it hears, after the first
 LEVELS = 16  # of noise, at which each song's loss is taken
@@ -148,9 +150,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--learn", type=int, default=300, help="songs the classifier is trained on")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--shift", type=float, default=3.0)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=NANO.steps)
+    parser.add_argument("--shift", type=float, default=NANO.shift)
+    parser.add_argument("--guidance", type=float, default=NANO.guidance_scale)
     options = parser.parse_args()
     base = basemodel.find(str(options.model), variant="nano", repo="acestep-lora")
     pipeline = generation.load_pipeline(base, torch.float32, "cpu")

@@ -36,7 +36,7 @@ from acestep_lora.randomness import generator  # noqa: E402
 WIDEST = 512  # of a matrix that is no embedding
 GENRE, UNKNOWN = 0.2, 0.1  # how often a prompt is the genre alone, and how often its BPM, key and metre are not given
 # What a song's tempo is, and where its beats are, is decided in the first steps of sampling, near pure noise.
-NOISE = ("LogitNormal,mu:-0.4,sigma:1.0", "Uniform,low:0.85,high:1.0", "Uniform,low:0.96,high:1.0")
+NOISE = ("LogitNormal", "Uniform,low:0.85", "Uniform,low:0.96")
 COMPONENTS = ",".join(f"{{_target_:acestep_lora.timesteps.{levels}}}" for levels in NOISE)
 OVERRIDES = f"""
     adapter=none model=nano optimizer._target_=train_nano_dit.MuonAdamW ~optimizer.eps ~optimizer.fused

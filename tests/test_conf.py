@@ -223,9 +223,8 @@ def _slurm() -> set[str]:
 @pytest.mark.parametrize("name", options("model"))
 def test_models_bring_their_own_sampling(composed, name):
     cfg = composed("generate", "model", name)
-    guided = not name.endswith("turbo") and name != "mid"
-    wanted = (16, 3.0, 4.0) if name == "nano" else (50, 1.0, 7.0) if guided else (8, 3.0, 1.0)
-    assert (cfg.steps, cfg.shift, cfg.guidance_scale) == wanted
+    guided = {"base": (50, 1.0, 7.0), "sft": (50, 1.0, 7.0), "nano": (16, 3.0, 4.0)}.get(name.removeprefix("xl_"))
+    assert (cfg.steps, cfg.shift, cfg.guidance_scale) == (guided or (8, 3.0, 1.0))
     assert composed("train", "model", name).dataset.condition_dropout == (0.15 if guided else 0.0)
 
 

@@ -3,9 +3,8 @@
 A bar of 4/4 has 16 steps (sixteenths), of 3/4 12 and of 6/8 12 (sixteenths). In a pattern `X` is an accent, `x` a
 plain stroke, `.` nothing. Chord progressions are degrees of the scale, one to a bar.
 
-The tempi of what nano is trained on are those it can count: its rotary embedding turns once in 60 / 119.4 seconds at
-the fastest and 3/4 as fast from one frequency to the next, so a beat at one of these speeds, or a simple multiple, is
-heard by its attention, and others it plays at the nearest.
+The tempi of what nano is trained on are near simple multiples of the speeds at which its rotary embedding turns: 119.4
+times a minute at the fastest, and 3/4 as fast from one frequency to the next.
 """
 
 from dataclasses import dataclass
