@@ -152,9 +152,15 @@ class Soak:
             "rss_mb": round(_rss(os.getpid()) / 2**20, 1),
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
             "handles": self.process.num_fds(),
+            "open": _open_handles(),
             "threads": self.process.num_threads(),
             "children": len(self.process.children(recursive=True)),
         }
+
+
+def _open_handles() -> list[str]:
+    """What each handle of this process leads to, so that one more has a name; empty where /proc is not."""
+    return sorted(str(path.readlink()) for path in Path("/proc/self/fd").glob("*") if path.is_symlink())
 
 
 def _rss(pid: int) -> int:
