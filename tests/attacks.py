@@ -1,13 +1,11 @@
 """Every parser of files that come from elsewhere as a function of one file's bytes, and ways to spoil such bytes.
 
-test_fuzz.py drives them with hypothesis; `python tests/attacks.py NAME -max_total_time=60` does with atheris
-(the extra `fuzz`).
+test_fuzz.py drives them with hypothesis, cover.py with atheris.
 """
 
 import io
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -328,15 +326,3 @@ def attacks() -> dict[str, Attack]:
     found["files.json"] = Attack(remembered, (b'{"a": [1, 2, "x"]}', b"[]", b'{"a": {}}'), "json")
     found["metrics.csv"] = Attack(metrics, (b"step,loss\n1,0.5\n2,0.25\n4,0.1\n",))
     return found
-
-
-if __name__ == "__main__":
-    import atheris
-
-    chosen = attacks()[sys.argv.pop(1)]
-    corpus = scratch() / "corpus"
-    corpus.mkdir()
-    for number, seed in enumerate(chosen.seeds):
-        (corpus / str(number)).write_bytes(seed)
-    atheris.Setup([*sys.argv, str(corpus)], lambda data: once(data, chosen) and None)
-    atheris.Fuzz()
