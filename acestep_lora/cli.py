@@ -24,7 +24,7 @@ from acestep_lora import limits
 from acestep_lora.data.fields import line
 from acestep_lora.errors import UserError, unusable
 from acestep_lora.filenames import legal
-from acestep_lora.interrupts import Interrupted
+from acestep_lora.interrupts import Interrupted, raising
 from acestep_lora.overrides import quote_overrides
 from acestep_lora.processes import is_first
 
@@ -202,7 +202,8 @@ def main(command: str, run: Callable[[DictConfig], Any]) -> None:
         return value
 
     try:
-        entry()
+        with raising("stopped."):
+            entry()
     except TOLD as error:
         tell(error)
     except Interrupted as stopped:

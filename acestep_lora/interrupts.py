@@ -42,13 +42,24 @@ def _handling(handler) -> Iterator[None]:
 
 @contextmanager
 def raising(message: str) -> Iterator[None]:
-    """Interrupted, with this message, at a signal inside the block."""
+    """Interrupted, with this message, at a signal inside the block, and for any error that comes after one.
+
+    An import that is interrupted may clear the exception and say that its module is missing, as numpy's does.
+    """
+    stopped = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number, message)
+        nonlocal stopped
+        stopped = Interrupted(number, message)
+        raise stopped
 
     with _handling(stop):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if stopped is None:
+                raise
+            raise stopped from error
 
 
 class Interrupt:

@@ -178,6 +178,17 @@ def test_a_second_ctrl_c_leaves_at_once_and_an_echo_of_the_first_does_not():
     assert process.returncode == -signal.SIGINT
 
 
+def test_an_error_that_a_signal_made_is_told_as_the_signal():
+    with pytest.raises(Interrupted, match="nothing is lost") as caught, interrupts.raising("nothing is lost"):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:  # as numpy does while it is imported
+            raise ImportError("cannot load module more than once per process") from None
+    assert caught.value.code == 143
+    with pytest.raises(ImportError, match="no such module"), interrupts.raising("nothing is lost"):
+        raise ImportError("no such module")
+
+
 @pytest.mark.parametrize("job, asked", [
     ({"SLURM_JOB_ID": "77"}, "requeue 77"),
     ({"SLURM_JOB_ID": "77", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "4"}, "requeue 70_4"),
