@@ -1,8 +1,8 @@
 """Does nano play what its prompt asks for? python data/score_nano.py --model FOLDER [--clips 64]
 
-Prompts are those of unseen songs. The instrument is heard by a classifier trained on real songs, as they are and as the
-VAE renders them, the tempo by the estimator of annotate.py; both are scored on unseen real songs too, rendered, and on
-other songs' prompts (chance). The flow-matching loss on the unseen songs is given beside those of nano without its
+Prompts are those of unseen songs. The instrument is heard by a classifier trained on real songs as the VAE renders them,
+the tempo by the estimator of annotate.py; both are scored on unseen real songs too, rendered, and on other songs'
+prompts (chance). The flow-matching loss on the unseen songs is given beside those of nano without its
 prompt, with another song's, and of a transformer that was never trained.
 """
 
@@ -77,9 +77,8 @@ def learn_instruments(vae, count: int) -> Classifier:
     rows, labels = [], []
     for seed in tqdm(range(LEARN, LEARN + count), desc="songs of the classifier"):
         audio, truth = song(seed, RATE)
-        clip = whole_frames(audio[: (2 + HEARD) * RATE])
-        rows += [features(clip), features(reconstruct(vae, clip))]
-        labels += [LEADS.index(truth.lead)] * 2
+        rows.append(features(reconstruct(vae, whole_frames(audio[: (2 + HEARD) * RATE]))))
+        labels.append(LEADS.index(truth.lead))
     return Classifier(np.stack(rows), labels)
 
 

@@ -146,7 +146,9 @@ def _thud(rate: int, seconds: float, start: float, end: float, glide: float, dec
 
 
 def kick(rate: int, rng: np.random.Generator) -> np.ndarray:
-    return _thud(rate, 0.35, 160, 48, 0.03, 0.11, 1.0)
+    wave = _thud(rate, 0.35, 160, 48, 0.03, 0.11, 1.0)
+    wave[: int(0.02 * rate)] += _burst(rate, rng, 0.02, 0.004, 0.4)  # the beater
+    return wave
 
 
 def snare(rate: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 from procedural.compose import Score
 from procedural.instruments import DRUMS, INSTRUMENTS, tone
 
-LEVELS = {"lead": 0.6, "chords": 0.2, "bass": 0.5, "drums": 0.5}
+LEVELS = {"lead": 0.6, "chords": 0.2, "bass": 0.5, "drums": 0.65}
 FADE = 0.3  # seconds at the end
 
 
