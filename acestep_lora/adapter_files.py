@@ -85,13 +85,16 @@ def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale
     """Put an adapter onto a transformer, in float32, active beside those already there -> the modules it adapts.
 
     Args:
-        scale: strength, multiplies the update; 1 for kinds that have none, such as OFT.
+        scale: strength, multiplies the update; 1 for kinds that have none, such as OFT. At 0 the transformer stays as
+            it is, whatever the kind: a DoRA without its update would keep its magnitudes.
 
     Raises:
         AdapterError: the adapter cannot be read, or does not fit this model.
     """
     weights = read(path)
     check_fit(weights, dit, path)
+    if scale == 0:
+        return set()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(peft_config(weights), dit, name)

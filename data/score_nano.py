@@ -1,9 +1,9 @@
 """Does nano play what its prompt asks for? python data/score_nano.py --model FOLDER [--clips 64]
 
-Prompts are those of unseen songs. The instrument is heard by a classifier trained on real songs as the VAE renders them,
-the tempo by the estimator of annotate.py; both are scored on unseen real songs too, rendered, and on other songs'
-prompts (chance). The flow-matching loss on the unseen songs is given beside those of nano without its
-prompt, with another song's, and of a transformer that was never trained.
+Prompts are those of unseen songs. The instrument is heard by a classifier trained on real songs as the VAE renders
+them, the tempo by the estimator of annotate.py; both are scored on unseen real songs too, rendered, and on other songs'
+prompts (chance). The flow-matching loss on the unseen songs is given beside those of nano without its prompt, with
+another song's, and of a transformer that was never trained.
 """
 
 import argparse
