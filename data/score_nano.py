@@ -135,11 +135,12 @@ def flow_losses(pipeline, clips: list[np.ndarray], truths: list[Truth], options:
             "no prompt": (trained, null),
             "untrained": (untrained, states[number]),
         }
+        x_t, target = flow.noisy(data, noise, t), flow.velocity(data, noise)
+        lengths = torch.full((LEVELS,), data.shape[1])
         row = {}
         for name, (model, condition) in cases.items():
-            x_t, condition = flow.noisy(data, noise, t), condition.expand(LEVELS, -1, -1)
-            v = model(x_t, t, t, condition, context, return_dict=False)[0]
-            row[name] = flow.item_losses(v, flow.velocity(data, noise), torch.full((LEVELS,), data.shape[1])).mean()
+            v = model(x_t, t, t, condition.expand(LEVELS, -1, -1), context, return_dict=False)[0]
+            row[name] = flow.item_losses(v, target, lengths).mean()
         losses.append(row)
     return {name: float(np.mean([row[name] for row in losses])) for name in losses[0]}
 

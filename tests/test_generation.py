@@ -302,14 +302,8 @@ def command(configure, tmp_path):
 
     def run(*overrides: str):
         quick = ["hardware=cpu", "prompt=lofi, warm piano", "duration=2", "steps=3", "guidance_scale=1", "bpm=92"]
-        quick += [
-            "keyscale=Dm",
-            "timesignature=3/4",
-            "language=ja-JP",
-            f"lyrics={SONG.lyrics}",
-            f"output_dir={tmp_path / 'out'}",
-        ]
-        return generate.generate(configure("generate", *quick, *overrides))
+        quick += ["keyscale=Dm", "timesignature=3/4", "language=ja-JP", f"lyrics={SONG.lyrics}"]
+        return generate.generate(configure("generate", *quick, f"output_dir={tmp_path / 'out'}", *overrides))
 
     return run
 
