@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from safetensors import safe_open
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from acestep_lora.adapters import AdapterError
 from acestep_lora.factors import FOLDED, Weights, parse, peft_config, peft_state
 from acestep_lora.hashes import damage, sealed
+from acestep_lora.layers import separate
 from acestep_lora.naming import to_upstream
 from acestep_lora.untrusted import read_object, told
 
@@ -84,9 +86,11 @@ def check_fit(weights: Weights, dit: nn.Module, path: str | Path) -> None:
 def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale: float = 1.0) -> set[str]:
     """Put an adapter onto a transformer, in float32, active beside those already there -> the modules it adapts.
 
+    What several do to a module adds up, each as it would change the base model alone.
+
     Args:
-        scale: strength, multiplies the update; 1 for kinds that have none, such as OFT. At 0 the transformer stays as
-            it is, whatever the kind: a DoRA without its update would keep its magnitudes.
+        scale: strength, multiplies the update; at 0 the transformer stays as it is. Kinds that have none, such as OFT,
+            take 0 or 1, and no other adapter beside them.
 
     Raises:
         AdapterError: the adapter cannot be read, or does not fit this model.
@@ -98,26 +102,41 @@ def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(peft_config(weights), dit, name)
+    several = len(dit.peft_config) > 1
+    for other in dit.peft_config if several else ():
+        if not has_scale(dit, other):
+            raise AdapterError(
+                f"An {_kind(dit, other)} adapter stands beside no other one: make one of them with "
+                f"python -m acestep_lora.export merge adapter.path=[...] model.path=..."
+            )
     cast_adapter_dtype(dit, name)  # before the values are set: bf16 would round them
     set_peft_model_state_dict(dit, peft_state(weights), name)
-    set_scale(dit, scale, name)
+    if several or scale != 1:
+        set_scale(dit, scale, name)
     for layer in dit.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter(list(dit.peft_config))  # PEFT leaves only the newest one active
     return set(weights.modules)
 
 
+def _kind(dit: nn.Module, name: str) -> str:
+    return dit.peft_config[name].peft_type.value
+
+
 def has_scale(dit: nn.Module, name: str = "default") -> bool:
     """Whether the kind of an adapter on a transformer has a strength."""
-    return dit.peft_config[name].peft_type.value in FOLDED
+    return _kind(dit, name) in FOLDED
 
 
 def set_scale(dit: nn.Module, scale: float, name: str = "default") -> None:
     """Change the strength of an adapter on a transformer. Raises AdapterError for a kind that has none."""
-    if has_scale(dit, name):
-        for layer in dit.modules():
-            if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
-                layer.set_scale(name, scale)
-    elif scale != 1:
-        kind = dit.peft_config[name].peft_type.value
-        raise AdapterError(f"A {kind} adapter has no strength: adapter.scale must be 1, got {scale}.")
+    if not has_scale(dit, name):
+        if scale != 1:
+            raise AdapterError(f"An {_kind(dit, name)} adapter has no strength: adapter.scale must be 1, got {scale}.")
+        return
+    separate(dit)
+    for layer in dit.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].strength = scale
+        elif isinstance(layer, BaseTunerLayer) and name in layer.scaling:
+            layer.set_scale(name, scale)

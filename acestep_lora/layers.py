@@ -7,6 +7,7 @@ instead of building their product, which as large as the frozen weight costs as 
 import torch
 import torch.nn.functional as F
 from peft.tuners import loha, lokr, lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from acestep_lora.naming import NAME
@@ -65,6 +66,18 @@ class LoKrLinear(_Undropped, lokr.layer.Linear):
         return w1, [into, out] if r * (c + d) < c * d else [out @ into]
 
 
+class DoraUpdate(DoraLinearLayer):
+    """A DoRA's update as merging and ComfyUI take it: of the base weight alone, in proportion to a strength.
+
+    PEFT's keeps the magnitudes at every strength, and rescales what other adapters add to the same module.
+    """
+
+    strength = 1.0
+
+    def forward(self, x: Tensor, *, base_result: Tensor | None = None, **kwargs) -> Tensor:
+        return self.strength * super().forward(x, **kwargs)
+
+
 CHEAPER = {lora.Linear: LoraLinear, loha.layer.Linear: LoHaLinear, lokr.layer.Linear: LoKrLinear}
 
 
@@ -73,3 +86,10 @@ def cheapen(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in CHEAPER:
             module.__class__ = CHEAPER[type(module)]
+
+
+def separate(model: nn.Module) -> None:
+    """Make the DoRA layers of a model fit to be scaled and to stand beside other adapters, in place."""
+    for module in model.modules():
+        if type(module) is DoraLinearLayer:
+            module.__class__ = DoraUpdate

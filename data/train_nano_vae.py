@@ -89,13 +89,16 @@ class Pool:
 
 
 @torch.no_grad()
-def new_vae(seed: int) -> AutoencoderOobleck:
-    """The codec of lapped.py, latents of mean 0 and STDS, a posterior of constant width. Its encoder is final."""
+def new_vae(seed: int, songs: int = 24) -> AutoencoderOobleck:
+    """The codec of lapped.py, its latents of mean 0 and STDS over songs, a posterior of constant width.
+
+    Its encoder is final.
+    """
     torch.manual_seed(seed)
     vae = AutoencoderOobleck(**SIZES)
     lapped.initialise(vae, LOW, list(LOUDNESS))
     vae.encoder.requires_grad_(False)
-    clips = [song(UNSEEN - 1 - i, RATE)[0][: 8 * RATE].T for i in range(24)]
+    clips = [song(UNSEEN - 1 - i, RATE)[0][: 8 * RATE].T for i in range(songs)]
     fold_scale(vae, torch.from_numpy(np.stack([clip for clip in clips if clip.shape[1] == 8 * RATE])))
     vae.encoder.conv2.weight_g[LATENTS:] = 0
     vae.encoder.conv2.bias[LATENTS:] = math.log(math.expm1(NOISE))  # softplus gives it back

@@ -530,7 +530,8 @@ def test_scale(trained, saved, inputs):
         applied(saved(("oft", "vo")), inputs, scale=0.5)
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "lora"), ("lora", "lokr"), ("lokr", "lora")])
+@pytest.mark.parametrize("second", ["lora", "dora", "lokr", "loha"])
+@pytest.mark.parametrize("first", ["lora", "dora", "lokr", "loha"])
 def test_two_adapters_add_up(first, second, saved, base_weights, inputs):
     """Each at its own strength, whatever their kinds, over the same and over different modules."""
     dit = fresh()
@@ -543,6 +544,27 @@ def test_two_adapters_add_up(first, second, saved, base_weights, inputs):
     plain = fresh()
     plain.load_state_dict(expected)
     close(run(dit, inputs), run(plain, inputs))
+
+
+@pytest.mark.parametrize("pair", [("oft", "lora"), ("dora", "oft")])
+def test_oft_stands_alone(pair, saved):
+    """It rotates what a module is given: beside another adapter it would rotate that one's inputs too."""
+    first, second = (saved((kind, "vo")) for kind in pair)
+    dit = fresh()
+    apply_adapter(dit, first, name="a")
+    with pytest.raises(AdapterError, match="OFT adapter stands beside no other.*export merge"):
+        apply_adapter(dit, second, name="b")
+
+
+@pytest.mark.parametrize("case", ["dora", "loha"])
+def test_strength_is_that_of_merging(case, saved, base_weights, inputs):
+    for scale in (0.5, -1.0):
+        weights, plain = read(saved((case, "vo"))), fresh()
+        expected = {to_diffusers(key): weight.clone() for key, weight in base_weights.items()}
+        for module in weights.modules:
+            expected[f"{module}.weight"] += scale * factors.delta(weights, module, frozen).float()
+        plain.load_state_dict(expected)
+        close(applied(saved((case, "vo")), inputs, scale=scale), run(plain, inputs))
 
 
 def test_adapter_stays_float32_on_a_bf16_model(trained, saved):

@@ -29,7 +29,7 @@ def test_the_suggestion_learns_and_is_found_again(found, run):
     )
     rate = told["suggested"]
     assert 1e-5 < rate < 1e-1
-    steps = ("trainer.max_epochs=10", "trainer.accumulate_grad_batches=7", "adapter.r=8", "scheduler=constant")
+    steps = ("trainer.max_epochs=5", "trainer.accumulate_grad_batches=7", "adapter.r=8", "scheduler=constant")
     metrics = [run(*steps, f"optimizer.lr={lr}")[0].metric for lr in (rate, rate / 100)]
     assert metrics[0] < metrics[1]
 

@@ -33,7 +33,7 @@ def options(folder: Path, **changed) -> train_nano_vae.Options:
 
 @pytest.fixture(scope="module")
 def vae():
-    return train_nano_vae.new_vae(0)
+    return train_nano_vae.new_vae(0, songs=6)
 
 
 @torch.no_grad()
@@ -96,8 +96,9 @@ def test_the_loss_is_that_of_what_is_heard(vae):
     assert float(parts["root"].detach()) == pytest.approx(train_nano_vae.WEIGHTS["root"], rel=0.1)
 
 
-def test_pieces_resume_and_learn(tmp_path, monkeypatch):
+def test_pieces_resume_and_learn(vae, tmp_path, monkeypatch):
     monkeypatch.setattr(train_nano_vae, "POOL", 2)
+    monkeypatch.setattr(train_nano_vae, "new_vae", lambda _: train_nano_vae.copied(vae))  # made once, it takes its time
     training = train_nano_vae.Training(options(tmp_path))
     rows = [training.advance() for _ in range(3)]
     assert rows[0].keys() == {*train_nano_vae.WEIGHTS, "norm"} and training.step == 3
