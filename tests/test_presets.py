@@ -44,10 +44,7 @@ def test_the_common_wishes_have_one():
     assert {"quick", "style_few", "style_many", "voice", "instrument", "low_vram", "high_quality"} < set(RECIPES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("low_vram", "official") else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_what_it_is_for_and_keeps_to_its_memory(configure, name):
     said = told(name)
     assert all(len(said[key]) > 20 for key in ("for", "when", "why"))
