@@ -16,13 +16,7 @@ def preprocess(cfg: DictConfig):
     from acestep_lora.processes import is_first
 
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
-    data = instantiate(cfg.dataset, _partial_=True)(
-        base=base,
-        conditioning=instantiate(cfg.conditioning),
-        seed=cfg.seed,
-        dtype=hardware.dtype,
-        timbre_token=cfg.model.timbre_token,
-    )
+    data = runs.songs(cfg, base, hardware)
     with raising("stopped; what was encoded is kept, and the same command goes on."):
         data.encode(**hardware.trainer_options())
     if not is_first():

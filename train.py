@@ -29,7 +29,6 @@ def train(cfg: DictConfig, folder: Path, given: bool = True, callbacks: Sequence
     from hydra.utils import instantiate
 
     from acestep_lora import identity, loggers, plan, report, reports, runs
-    from acestep_lora.data.prior import read_prompts
     from acestep_lora.hashes import FileHashes
     from acestep_lora.processes import is_first
 
@@ -37,11 +36,8 @@ def train(cfg: DictConfig, folder: Path, given: bool = True, callbacks: Sequence
     with runs.occupied(run), raising("stopped; nothing is lost, and the same command goes on."):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
-        shared = {"base": base, "seed": cfg.seed, "dtype": hardware.dtype, "timbre_token": cfg.model.timbre_token}
-        wired = {"conditioning": instantiate(cfg.conditioning), "timesteps": instantiate(cfg.timesteps)}
-        others = [] if cfg.preservation.weight is None else read_prompts(cfg.preservation.prompts)
-        make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
-        data = make(**shared, **wired, accumulate=cfg.trainer.accumulate_grad_batches, prior_prompts=others)
+        drawn = {"timesteps": instantiate(cfg.timesteps), "accumulate": cfg.trainer.accumulate_grad_batches}
+        data = runs.songs(cfg, base, hardware, **drawn, prior_prompts=runs.prior_prompts(cfg))
         length = runs.plan_length(cfg, len(data.scan.tracks), hardware.processes)
         if runs.finished(cfg, run, length):
             return Result(None, 0, runs.told_finished(run))
@@ -50,22 +46,10 @@ def train(cfg: DictConfig, folder: Path, given: bool = True, callbacks: Sequence
         hashes = FileHashes()
         metadata = runs.adapter_metadata(cfg, base.dit_hash(hashes), data.scan.tracks)
         hashes.save()
-        precision = hardware.resolved_precision()
-        described = identity.of(cfg, metadata["base_model_sha256"], precision, hardware.processes)
+        base_hash, precision = metadata["base_model_sha256"], hardware.resolved_precision()
+        described = identity.of(cfg, base_hash, precision, hardware.processes)
         kept = runs.callbacks(cfg, run, metadata, described, length, base, hardware)
-        options = hardware.trainer_options(shard=True) | {"precision": precision}
-        trainer = instantiate(
-            cfg.trainer,
-            **options,
-            max_epochs=length.max_epochs,
-            max_steps=length.max_steps,
-            max_time=None,  # a callback's
-            check_val_every_n_epoch=length.check_val_every_n_epoch,
-            log_every_n_steps=length.log_every_n_steps,
-            callbacks=[*kept.values(), *callbacks],
-            logger=runs.loggers(cfg, run),
-            default_root_dir=str(run.folder),
-        )
+        trainer = runs.trainer(cfg, run, length, hardware, [*kept.values(), *callbacks])
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
         if is_first():
             reports.print_table(data)

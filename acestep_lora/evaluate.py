@@ -347,13 +347,7 @@ def evaluate(cfg: DictConfig) -> tuple[Judge, list[Row]]:
             raise UserError(f"adapter.path={path} does not exist: give an adapter's folder or .safetensors file.")
     named = dict(zip(runs.labels(paths), paths, strict=True))
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
-    data = instantiate(cfg.dataset, _partial_=True)(
-        base=base,
-        conditioning=instantiate(cfg.conditioning),
-        seed=cfg.seed,
-        dtype=hardware.dtype,
-        timbre_token=cfg.model.timbre_token,
-    )
+    data = runs.songs(cfg, base, hardware)
     data.encode(**hardware.trainer_options())
     data.setup("validate")
     judge = Judge(cfg, base, hardware, data)

@@ -81,13 +81,11 @@ def main(cfg: DictConfig) -> int:
     from hydra.utils import instantiate
 
     from acestep_lora import plan, runs, sensitivity
-    from acestep_lora.data.prior import read_prompts
 
     if "prodigy" in cfg.optimizer._target_.lower():
         raise UserError("optimizer=prodigy finds its own step size: there is no rate to look for.")
     hardware, base = instantiate(cfg.hardware), runs.find_base(cfg.model)
-    others = [] if cfg.preservation.weight is None else read_prompts(cfg.preservation.prompts)
-    data = runs.encoded_songs(cfg, base, hardware, prior_prompts=others)
+    data = runs.encoded_songs(cfg, base, hardware, prior_prompts=runs.prior_prompts(cfg))
     module = plan.make_module(cfg, base, hardware, data.scan.tracks)
     module.load(torch.device(hardware.device))
     module.to(hardware.device)

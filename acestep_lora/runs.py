@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Timer
@@ -27,6 +28,7 @@ from acestep_lora.callbacks.reporting import Reporter
 from acestep_lora.callbacks.stopping import EarlyStop
 from acestep_lora.callbacks.throughput import Throughput
 from acestep_lora.data.datamodule import LatentDataModule
+from acestep_lora.data.prior import read_prompts
 from acestep_lora.errors import DISK, UserError
 from acestep_lora.hardware import Hardware
 from acestep_lora.hashes import damage, remove_leftovers, write_atomic
@@ -333,6 +335,22 @@ def loggers(cfg: DictConfig, run: Run) -> list[Logger]:
     return [MetricsCSV(run.folder, run.step), *(instantiate(node)(save_dir=run.folder) for node in cfg.logger.values())]
 
 
+def trainer(cfg: DictConfig, run: Run, length: Length, hardware: Hardware, callbacks: list[Callback]) -> L.Trainer:
+    """Lightning's, of the config and of what depends on the dataset and the machine."""
+    return instantiate(
+        cfg.trainer,
+        **hardware.trainer_options(shard=True) | {"precision": hardware.resolved_precision()},
+        max_epochs=length.max_epochs,
+        max_steps=length.max_steps,
+        max_time=None,  # a callback's
+        check_val_every_n_epoch=length.check_val_every_n_epoch,
+        log_every_n_steps=length.log_every_n_steps,
+        callbacks=callbacks,
+        logger=loggers(cfg, run),
+        default_root_dir=str(run.folder),
+    )
+
+
 # ---------------------------------------------------------------- what it says about itself
 
 
@@ -368,20 +386,30 @@ def adapter_metadata(cfg: DictConfig, base_hash: str, tracks: list) -> dict[str,
     return {key: str(value) for key, value in metadata.items() if value not in (None, "")}
 
 
-def encoded_songs(cfg: DictConfig, base: basemodel.BaseModel, hardware: Hardware, **more) -> LatentDataModule:
-    """The songs of a config, to be read outside of a Trainer; what the cache lacks is encoded first, on one device."""
-    data = instantiate(cfg.dataset, _partial_=True)(
+def songs(cfg: DictConfig, base: basemodel.BaseModel, hardware: Hardware, **more) -> LatentDataModule:
+    """The songs of a config, scanned and not yet encoded; more: arguments of LatentDataModule."""
+    make = instantiate(cfg.dataset, _partial_=True)  # called apart: Hydra would turn dataclasses into config
+    return make(
         base=base,
         conditioning=instantiate(cfg.conditioning),
-        timesteps=instantiate(cfg.timesteps),
         seed=cfg.seed,
         dtype=hardware.dtype,
         timbre_token=cfg.model.timbre_token,
         **more,
     )
+
+
+def encoded_songs(cfg: DictConfig, base: basemodel.BaseModel, hardware: Hardware, **more) -> LatentDataModule:
+    """Songs to train on, read outside of a Trainer; what the cache lacks is encoded first, on one device."""
+    data = songs(cfg, base, hardware, timesteps=instantiate(cfg.timesteps), **more)
     data.encode(**hardware.but(devices=1, num_nodes=1, strategy="auto").trainer_options())
     data.setup("fit")
     return data
+
+
+def prior_prompts(cfg: DictConfig) -> list[str]:
+    """Prompts on which a run keeps to the base model; none without prior preservation."""
+    return [] if cfg.preservation.weight is None else read_prompts(cfg.preservation.prompts)
 
 
 def find_base(model: DictConfig) -> basemodel.BaseModel:
