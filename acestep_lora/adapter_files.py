@@ -14,7 +14,7 @@ from torch import nn
 from acestep_lora.adapters import AdapterError
 from acestep_lora.factors import FOLDED, Weights, parse, peft_config, peft_state
 from acestep_lora.hashes import damage, sealed
-from acestep_lora.layers import separate
+from acestep_lora.layers import ADDITIVE, exchange
 from acestep_lora.naming import to_upstream
 from acestep_lora.untrusted import read_object, told
 
@@ -107,11 +107,11 @@ def apply_adapter(dit: nn.Module, path: str | Path, name: str = "default", scale
         if not has_scale(dit, other):
             raise AdapterError(
                 f"An {_kind(dit, other)} adapter stands beside no other one: make one of them with "
-                f"python -m acestep_lora.export merge adapter.path=[...] model.path=..."
+                f"python -m acestep_lora.export merge adapter.path=[...] model.path=... output=merged"
             )
     cast_adapter_dtype(dit, name)  # before the values are set: bf16 would round them
     set_peft_model_state_dict(dit, peft_state(weights), name)
-    if several or scale != 1:
+    if several or scale != 1:  # else PEFT's own layers say the same, with one product less
         set_scale(dit, scale, name)
     for layer in dit.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -134,7 +134,7 @@ def set_scale(dit: nn.Module, scale: float, name: str = "default") -> None:
         if scale != 1:
             raise AdapterError(f"An {_kind(dit, name)} adapter has no strength: adapter.scale must be 1, got {scale}.")
         return
-    separate(dit)
+    exchange(dit, ADDITIVE)
     for layer in dit.modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_magnitude_vector:
             layer.lora_magnitude_vector[name].strength = scale

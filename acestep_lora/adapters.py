@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acestep_lora.data.fields import show
 from acestep_lora.data.sidecars import read_text
 from acestep_lora.errors import UserError
-from acestep_lora.layers import cheapen
+from acestep_lora.layers import CHEAPER, exchange
 from acestep_lora.naming import ATTENTION, MLP, NAME, to_diffusers
 from acestep_lora.untrusted import told
 
@@ -130,7 +130,7 @@ class Adapter:
         adapted = {name for name, module in dit.named_modules() if isinstance(module, BaseTunerLayer)}
         if adapted != wanted:
             raise AdapterError(f"The adapted modules differ from those asked for, first {sorted(adapted ^ wanted)[0]}.")
-        cheapen(dit)
+        exchange(dit, CHEAPER)
         count = 0
         for name, parameter in dit.named_parameters():
             if f".{NAME}" in name and parameter.requires_grad:

@@ -79,17 +79,13 @@ class DoraUpdate(DoraLinearLayer):
 
 
 CHEAPER = {lora.Linear: LoraLinear, loha.layer.Linear: LoHaLinear, lokr.layer.Linear: LoKrLinear}
+"""For an adapter that is trained, alone."""
+ADDITIVE = {DoraLinearLayer: DoraUpdate}
+"""For adapters that are scaled, or several."""
 
 
-def cheapen(model: nn.Module) -> None:
-    """Give the adapter layers of a model their cheaper forwards, in place."""
+def exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """Give the adapter layers of a model other forwards, in place."""
     for module in model.modules():
-        if type(module) in CHEAPER:
-            module.__class__ = CHEAPER[type(module)]
-
-
-def separate(model: nn.Module) -> None:
-    """Make the DoRA layers of a model fit to be scaled and to stand beside other adapters, in place."""
-    for module in model.modules():
-        if type(module) is DoraLinearLayer:
-            module.__class__ = DoraUpdate
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]

@@ -530,20 +530,26 @@ def test_scale(trained, saved, inputs):
         applied(saved(("oft", "vo")), inputs, scale=0.5)
 
 
+def summed(base_weights, scales):
+    """A transformer of the base weights and what each of these files adds to them, times its strength."""
+    expected = {to_diffusers(key): weight.clone() for key, weight in base_weights.items()}
+    for path, scale in scales.items():
+        weights = read(path)
+        for module in weights.modules:
+            expected[f"{module}.weight"] += scale * factors.delta(weights, module, frozen).float()
+    dit = fresh()
+    dit.load_state_dict(expected)
+    return dit
+
+
 @pytest.mark.parametrize("second", ["lora", "dora", "lokr", "loha"])
 @pytest.mark.parametrize("first", ["lora", "dora", "lokr", "loha"])
 def test_two_adapters_add_up(first, second, saved, base_weights, inputs):
     """Each at its own strength, whatever their kinds, over the same and over different modules."""
-    dit = fresh()
-    expected = {to_diffusers(key): weight.clone() for key, weight in base_weights.items()}
-    for name, case, scale in (("a", (f"{first}+pattern", "all"), 0.5), ("b", (second, "vo"), 2.0)):
-        apply_adapter(dit, saved(case), name=name, scale=scale)
-        weights = read(saved(case))
-        for module in weights.modules:
-            expected[f"{module}.weight"] += scale * factors.delta(weights, module, frozen).float()
-    plain = fresh()
-    plain.load_state_dict(expected)
-    close(run(dit, inputs), run(plain, inputs))
+    dit, scales = fresh(), {saved((f"{first}+pattern", "all")): 0.5, saved((second, "vo")): 2.0}
+    for name, (path, scale) in zip("ab", scales.items(), strict=True):
+        apply_adapter(dit, path, name=name, scale=scale)
+    close(run(dit, inputs), run(summed(base_weights, scales), inputs))
 
 
 @pytest.mark.parametrize("pair", [("oft", "lora"), ("dora", "oft")])
@@ -559,12 +565,8 @@ def test_oft_stands_alone(pair, saved):
 @pytest.mark.parametrize("case", ["dora", "loha"])
 def test_strength_is_that_of_merging(case, saved, base_weights, inputs):
     for scale in (0.5, -1.0):
-        weights, plain = read(saved((case, "vo"))), fresh()
-        expected = {to_diffusers(key): weight.clone() for key, weight in base_weights.items()}
-        for module in weights.modules:
-            expected[f"{module}.weight"] += scale * factors.delta(weights, module, frozen).float()
-        plain.load_state_dict(expected)
-        close(applied(saved((case, "vo")), inputs, scale=scale), run(plain, inputs))
+        expected = run(summed(base_weights, {saved((case, "vo")): scale}), inputs)
+        close(applied(saved((case, "vo")), inputs, scale=scale), expected)
 
 
 def test_adapter_stays_float32_on_a_bf16_model(trained, saved):
